@@ -1,0 +1,1 @@
+"""The `kdcache` command line: parse, call one library function, print."""

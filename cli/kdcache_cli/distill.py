@@ -1,0 +1,29 @@
+"""`kdcache distill`: train a student from a cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import kdcache
+from kdcache.stages.distill_options import DistillOptions
+from kdcache_cli.command import define
+from kdcache_cli.output import emit
+
+
+@define(
+    "distill",
+    record=DistillOptions,
+    examples=(
+        "kdcache distill --cache teacher.h5 --student mlp:64-32-10 --data digits:train --val digits:test --out runs/a",
+        "kdcache distill --student mlp:64-32-10 --data digits:train --alpha 0 --out runs/labels-only",
+        "torchrun --nproc-per-node 2 -m kdcache distill --config run.toml",
+    ),
+)
+def command(as_json: bool, **options: Any) -> None:
+    """Train a student on labels and the teacher's stored logits; the teacher is not loaded.
+
+    The loss is (1-alpha)*CE + alpha*temperature^2*KL(teacher || student). The same command with --resume goes on
+    after an interruption, with the same weights as a run without one.
+    """
+    result = kdcache.distill(DistillOptions(**options))
+    emit(result.to_json(), as_json=as_json)

@@ -1,0 +1,109 @@
+"""Teacher logits computed once, stored in plain HDF5, and joined to students by sample id.
+
+    cache = kdcache.open("teacher.h5")
+    loader = DataLoader(kdcache.join(dataset, cache), batch_size=256, shuffle=True)
+    criterion = kdcache.DistillationLoss(alpha=0.9, temperature=4.0)
+
+Attributes are looked up when they are first used (PEP 562), so that `import kdcache` takes some milliseconds and
+loads neither torch nor h5py: `kdcache inspect` answers before torch would have been imported.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from kdcache.errors import (
+    CorruptCacheError,
+    CoverageError,
+    DataError,
+    IncompleteCacheError,
+    InterruptedRunError,
+    KDCacheError,
+    LogitsError,
+    MismatchError,
+    MissingExtraError,
+    StorageError,
+    UsageError,
+)
+from kdcache.version import __version__
+
+if TYPE_CHECKING:
+    from kdcache.stages.distill import distill
+    from kdcache.stages.distill_options import DistillOptions
+    from kdcache.stages.precompute import precompute
+    from kdcache.store.cache import Cache, open
+    from kdcache.store.card import write_card
+    from kdcache.store.export import export
+    from kdcache.store.merge import merge
+    from kdcache.store.rows import TeacherRows
+    from kdcache.store.verify import verify
+    from kdcache.store.writer import Writer
+    from kdcache.train import losses
+    from kdcache.train.attach import attach
+    from kdcache.train.criterion import DistillationLoss
+    from kdcache.train.ids import with_ids
+    from kdcache.train.join import join
+
+__all__ = [
+    "Cache",
+    "CorruptCacheError",
+    "CoverageError",
+    "DataError",
+    "DistillOptions",
+    "DistillationLoss",
+    "IncompleteCacheError",
+    "InterruptedRunError",
+    "KDCacheError",
+    "LogitsError",
+    "MismatchError",
+    "MissingExtraError",
+    "StorageError",
+    "TeacherRows",
+    "UsageError",
+    "Writer",
+    "__version__",
+    "attach",
+    "distill",
+    "export",
+    "join",
+    "losses",
+    "merge",
+    "open",
+    "precompute",
+    "verify",
+    "with_ids",
+    "write_card",
+]
+
+_HOMES = {
+    "Cache": "kdcache.store.cache",
+    "DistillOptions": "kdcache.stages.distill_options",
+    "DistillationLoss": "kdcache.train.criterion",
+    "TeacherRows": "kdcache.store.rows",
+    "Writer": "kdcache.store.writer",
+    "attach": "kdcache.train.attach",
+    "distill": "kdcache.stages.distill",
+    "export": "kdcache.store.export",
+    "join": "kdcache.train.join",
+    "losses": "kdcache.train.losses",
+    "merge": "kdcache.store.merge",
+    "open": "kdcache.store.cache",
+    "precompute": "kdcache.stages.precompute",
+    "verify": "kdcache.store.verify",
+    "with_ids": "kdcache.train.ids",
+    "write_card": "kdcache.store.card",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'kdcache' has no attribute {name!r}")
+    home = importlib.import_module(_HOMES[name])
+    value = home if name == "losses" else getattr(home, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

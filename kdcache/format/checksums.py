@@ -1,0 +1,87 @@
+"""Checksums: one CRC-32 a row, one BLAKE2b over everything in a file that is not payload.
+
+A row's CRC covers its identity and its arrays and is seeded with (view, sample position), so that rows
+which were swapped, zeroed, duplicated, or belong to another shard or an older dump do not pass. It is
+checked when a process first touches the row: 0.7 us for a row of 1000 float16 (2 cores, zlib.crc32 at
+5 GB/s), where a checksum a chunk would read 0.5 MiB for one row of a cold cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from kdcache.format.arrays import ArrayLayout
+
+_SEED = struct.Struct("<HQ")
+_BUFFER_BYTES = 1 << 20
+
+
+def row_crcs(arrays: Sequence[np.ndarray], *, view: int, positions: np.ndarray) -> np.ndarray:
+    """CRC-32 (zlib's polynomial) of each row.
+
+    crc(row) = CRC32(pack("<HQ", view, position) || bytes of arrays[0][row] || arrays[1][row] || ...)
+
+    Args:
+        arrays: row-aligned arrays (N, ...) in `RowSchema.crc_names` order.
+        view: the view the rows belong to.
+        positions: (N,) positions of the samples in the data, counted over all shards.
+
+    Returns:
+        (N,) uint32.
+    """
+    rows = len(positions)
+    flat = [_as_bytes(np.asarray(a), rows) for a in arrays]
+    width = _SEED.size + sum(a.shape[1] for a in flat)
+    crcs = np.empty(rows, "<u4")
+    step = max(1, min(rows, _BUFFER_BYTES // width))
+    seeds = np.empty(rows, np.dtype([("view", "<u2"), ("position", "<u8")]))
+    seeds["view"], seeds["position"] = view, positions
+    pieces = [_as_bytes(seeds, rows), *flat]
+    buffer = np.empty((step, width), np.uint8)
+    view_of_buffer = memoryview(buffer).cast("B")
+    crc32 = zlib.crc32
+    for start in range(0, rows, step):
+        count = min(step, rows - start)
+        column = 0
+        for piece in pieces:
+            buffer[:count, column : column + piece.shape[1]] = piece[start : start + count]
+            column += piece.shape[1]
+        crcs[start : start + count] = [crc32(view_of_buffer[i : i + width]) for i in range(0, count * width, width)]
+    return crcs
+
+
+def _as_bytes(array: np.ndarray, rows: int) -> np.ndarray:
+    return np.ascontiguousarray(array).reshape(rows, -1).view(np.uint8).reshape(rows, -1)
+
+
+def outside_spans(arrays: Mapping[str, ArrayLayout], size: int) -> list[tuple[int, int]]:
+    """(start, stop) of all bytes of a file that are not payload, ascending: headers, padding, slack."""
+    spans, cursor = [], 0
+    for layout in sorted(arrays.values(), key=lambda a: a.offset):
+        if layout.offset > cursor:
+            spans.append((cursor, layout.offset))
+        cursor = max(cursor, layout.stop)
+    if size > cursor:
+        spans.append((cursor, size))
+    return spans
+
+
+def header_digest(read: Callable[[int, int], bytes], arrays: Mapping[str, ArrayLayout], size: int) -> str:
+    """BLAKE2b-256 (hex) of all bytes outside the payload, each span preceded by its start and stop.
+
+    Args:
+        read: `read(offset, length)` returns exactly `length` bytes.
+        arrays: where the payload lies.
+        size: of the file in bytes.
+    """
+    state = hashlib.blake2b(digest_size=32)
+    for start, stop in outside_spans(arrays, size):
+        state.update(struct.pack("<QQ", start, stop))
+        for offset in range(start, stop, _BUFFER_BYTES):
+            state.update(read(offset, min(_BUFFER_BYTES, stop - offset)))
+    return state.hexdigest()

@@ -1,0 +1,114 @@
+"""Which arrays a shard holds, in which order, and what its header says about them (format 1).
+
+Only row-aligned arrays stand at the root of a file, so that plain h5py, h5dump, xarray and
+`datasets.load_dataset("hdf5")` read a shard unmodified. The largest array comes first: it can then be
+hashed while it is written, and only the few bytes a row behind it are read back.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from kdcache.errors import CorruptCacheError, UsageError
+from kdcache.format.arrays import ArrayLayout, ArraySpec
+from kdcache.format.encodings import Encoding, encoding_from_json
+
+FORMAT_VERSION = 1
+MAX_ATTRIBUTE_BYTES = 60_000
+MAX_VIEWS = 65_536
+CRC_ARRAY = "row_crc"
+_ID_DTYPE = re.compile(r"<i8|\|S([1-9]\d{0,3})")
+
+
+@dataclass(frozen=True)
+class RowSchema:
+    """What every row of a cache consists of."""
+
+    encoding: Encoding
+    id_dtype: str
+    has_labels: bool
+    has_digests: bool
+
+    @property
+    def specs(self) -> tuple[ArraySpec, ...]:
+        """All arrays of a shard in file order."""
+        optional = []
+        if self.has_labels:
+            optional.append(ArraySpec("label", "<i8"))
+        if self.has_digests:
+            optional.append(ArraySpec("input_digest", "<u8"))
+        fixed = (ArraySpec("view", "<u2"), ArraySpec(CRC_ARRAY, "<u4"))
+        return (*self.encoding.specs, ArraySpec("sample_id", self.id_dtype), *optional, *fixed)
+
+    @property
+    def crc_names(self) -> tuple[str, ...]:
+        """Arrays under a row's checksum, in its order: identity first, then the encoding's arrays."""
+        names = [s.name for s in self.specs if s.name not in (CRC_ARRAY, "view")]
+        payload = [s.name for s in self.encoding.specs]
+        return (*(n for n in names if n not in payload), *reversed(payload))
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row over all arrays."""
+        return sum(s.row_bytes for s in self.specs)
+
+    @property
+    def payload_row_bytes(self) -> int:
+        """Bytes of one row of the encoding's arrays alone (without identity and checksum)."""
+        return sum(s.row_bytes for s in self.encoding.specs)
+
+    def to_json(self) -> dict[str, Any]:
+        """The part of headers and manifests that describes a row."""
+        return {
+            "encoding": self.encoding.to_json(),
+            "id": self.id_dtype,
+            "labels": self.has_labels,
+            "digests": self.has_digests,
+        }
+
+    def check_arrays(self, arrays: Mapping[str, ArrayLayout], rows: int, size: int, *, where: str) -> None:
+        """Refuses a layout that is not this schema's: names, types, shapes, ranges inside the file.
+
+        Raises:
+            CorruptCacheError: naming the array and what is wrong with it.
+        """
+        expected = {s.name: s for s in self.specs}
+        if set(arrays) != set(expected):
+            raise CorruptCacheError(f"{where}: arrays {sorted(arrays)}, expected {sorted(expected)}")
+        spans = []
+        for name, layout in arrays.items():
+            spec = expected[name]
+            if layout.dtype != spec.dtype or layout.shape != spec.shape(rows):
+                found = f"{layout.dtype} {layout.shape}"
+                raise CorruptCacheError(f"{where}: array {name} is {found}, expected {spec.dtype} {spec.shape(rows)}")
+            if layout.offset < 0 or layout.stop > size:
+                raise CorruptCacheError(f"{where}: array {name} lies outside the file of {size} bytes")
+            spans.append((layout.offset, layout.stop, name))
+        spans.sort()
+        for (_, stop, first), (start, _, second) in zip(spans, spans[1:], strict=False):
+            if start < stop:
+                raise CorruptCacheError(f"{where}: arrays {first} and {second} overlap")
+
+
+def schema_from_json(value: Mapping[str, Any], *, where: str) -> RowSchema:
+    """The schema that a header or manifest describes.
+
+    Raises:
+        CorruptCacheError: a field is missing or of another type, or the encoding is not known.
+    """
+    try:
+        encoding = encoding_from_json(value["encoding"])
+        id_dtype, labels, digests = value["id"], value["labels"], value["digests"]
+    except KeyError as error:
+        raise CorruptCacheError(f"{where}: the field {error} is missing") from None
+    except UsageError as error:
+        raise CorruptCacheError(f"{where}: {error}") from None
+    match = _ID_DTYPE.fullmatch(id_dtype) if isinstance(id_dtype, str) else None
+    if match is None or (match[1] and int(match[1]) > 1024):
+        raise CorruptCacheError(f"{where}: sample ids of type {id_dtype!r:.50}, expected <i8 or |S1 to |S1024")
+    if type(labels) is not bool or type(digests) is not bool:
+        raise CorruptCacheError(f"{where}: labels and digests must be true or false")
+    return RowSchema(encoding, id_dtype, labels, digests)

@@ -1,0 +1,1 @@
+"""Whole jobs as functions that read top to bottom: precompute, distill, demo, doctor."""

@@ -1,0 +1,132 @@
+"""How kdcache calls a model: `model(item[0])` for tuple items, `model(**inputs)` for dict items.
+
+The output is a tensor, has a tensor `logits` (as in transformers), or is picked by `output_key`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdcache.errors import DataError, KDCacheError, LogitsError, UsageError
+from kdcache.stages.specs import describe, one_line
+
+# Of a dict item, these are not inputs, also where forward has an argument of that name: a transformers model that is
+# given `labels` computes a loss of its own.
+NOT_INPUTS = frozenset({"label", "labels", "sample_id", "teacher"})
+
+
+def call_model(model: nn.Module, batch: Any, *, output_key: str | None = None, what: str = "model") -> Tensor:
+    """A model's output for a batch as a DataLoader gives it.
+
+    Args:
+        model: called once.
+        batch: a tensor; a tuple or list, whose first element is the input; or a dict, of which the keys that `forward`
+            names are passed (all of them where it takes `**kwargs`), but never `NOT_INPUTS`.
+        output_key: key, attribute or position of the logits in the output.
+        what: `teacher` or `student`, for the messages.
+
+    Returns:
+        the logits, as the model gives them; usually (N, C) or (N, C, ...).
+
+    Raises:
+        UsageError: a dict batch lacks an argument of `forward`, or `output_key` picks nothing.
+        LogitsError: the output, or what was picked from it, is not a tensor.
+        KDCacheError: the model raised; its error is chained.
+    """
+    try:
+        if isinstance(batch, Mapping):
+            output = model(**_forward_inputs(model, batch, what))
+        else:
+            output = model(first_input(batch))
+    except KDCacheError:
+        raise
+    except Exception as error:
+        raise KDCacheError(f"the {what} failed on {_describe_batch(batch)}: {one_line(error)}") from error
+    return _pick(output, output_key, what)
+
+
+def first_input(batch: Any) -> Any:
+    """The input in a batch or an item: itself, or the first element of a tuple or list.
+
+    Raises:
+        DataError: an empty tuple or list.
+    """
+    if isinstance(batch, (tuple, list)):
+        if not batch:
+            raise DataError("an item of the data set is an empty tuple; expected (x, label)")
+        return batch[0]
+    return batch
+
+
+def _forward_inputs(model: nn.Module, batch: Mapping[str, Any], what: str) -> dict[str, Any]:
+    offered = {key: value for key, value in batch.items() if key not in NOT_INPUTS}
+    parameters = _parameters(model)
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        offered = {p.name: offered[p.name] for p in parameters if p.name in offered}
+    missing = [
+        p.name
+        for p in parameters
+        if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in offered
+    ]
+    if missing or not offered:
+        raise UsageError(
+            f"the {what}'s forward takes {', '.join(p.name for p in parameters) or 'no arguments'}; the items are dicts "
+            f"with {', '.join(map(str, batch)) or 'no keys'}, which lack {', '.join(missing) or 'any of them'}; rename "
+            f"the keys or wrap the model"
+        )
+    return offered
+
+
+def _parameters(model: nn.Module) -> Sequence[inspect.Parameter]:
+    named: Sequence[str] | None = getattr(model, "forward_keys", None)
+    if named is not None:  # an exported program, whose forward takes anything
+        return [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in named]
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        return _parameters(model.module)
+    return list(inspect.signature(model.forward).parameters.values())
+
+
+def _pick(output: Any, output_key: str | None, what: str) -> Tensor:
+    if output_key is None:
+        picked = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+        if not isinstance(picked, Tensor):
+            raise LogitsError(
+                f"the {what} returned {_describe_output(output)}; expected a tensor or an object with a tensor "
+                f"`logits`; pick one with --output-key (output_key=)"
+            )
+        return picked
+    if isinstance(output, Mapping) and output_key in output:
+        picked = output[output_key]
+    elif isinstance(output, (tuple, list)) and output_key.isdecimal() and int(output_key) < len(output):
+        picked = output[int(output_key)]
+    elif not isinstance(output, Tensor) and hasattr(output, output_key):
+        picked = getattr(output, output_key)
+    else:
+        raise UsageError(
+            f"the {what} returned {_describe_output(output)}, in which output key {output_key!r} is nothing"
+        )
+    if not isinstance(picked, Tensor):
+        raise LogitsError(f"the {what}'s output {output_key!r} is {describe(picked)}; expected a tensor")
+    return picked
+
+
+def _describe_output(output: Any) -> str:
+    if isinstance(output, Mapping):
+        return f"{describe(output)} with the keys {', '.join(map(str, output)) or '(none)'}"
+    if isinstance(output, (tuple, list)):
+        return f"{describe(output)} of {len(output)}"
+    return describe(output)
+
+
+def _describe_batch(batch: Any) -> str:
+    value = first_input(batch)
+    if isinstance(value, torch.Tensor):
+        return f"an input of shape {tuple(value.shape)} and {str(value.dtype).removeprefix('torch.')}"
+    if isinstance(value, Mapping):
+        return f"items with the keys {', '.join(map(str, value))}"
+    return describe(value)

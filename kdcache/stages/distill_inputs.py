@@ -1,0 +1,187 @@
+"""What a distillation run works on: data sets joined to caches, and the student, checked against each other.
+
+Everything that can be refused is refused here, before the first step: rows that the cache lacks, a
+student of another width, a teacher without a softmax, data with nothing to learn from.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from kdcache.errors import DataError, MismatchError, UsageError
+from kdcache.format.identity import ids_sha256
+from kdcache.stages.calls import Batch, call_model, forward_names, take_apart
+from kdcache.stages.data import LoadedData, load_data
+from kdcache.stages.distill_options import DistillOptions
+from kdcache.stages.signals import shield_worker
+from kdcache.stages.students import load_student
+from kdcache.stages.weights import load_weights
+from kdcache.store.cache import Cache
+from kdcache.store.cache import open as open_cache
+from kdcache.train.attach import attach, with_ids
+from kdcache.train.ids import resolve
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A data set with its teacher rows.
+
+    Attributes:
+        name: for messages.
+        dataset: map-style.
+        sample_ids: (N,), None without a cache.
+        positions: (n,) int64 positions in the data set that take part.
+        cache: of the teacher's rows, None = labels only.
+        num_classes: as the data set states it, None where it does not.
+        provenance: of the data, for the run record.
+    """
+
+    name: str
+    dataset: Dataset[Any]
+    sample_ids: np.ndarray | None
+    positions: np.ndarray
+    cache: Cache | None
+    num_classes: int | None
+    provenance: dict[str, Any]
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies the rows for a resumed run: the data's own fingerprint, else its ids, else its length."""
+        if self.sample_ids is not None:
+            return f"{self.provenance.get('fingerprint', '')} ids {ids_sha256(self.sample_ids)}"
+        return f"{self.provenance.get('fingerprint', '')} rows {len(self.positions)}"
+
+
+def open_source(
+    data: str | Dataset[Any] | LoadedData, cache: str | os.PathLike[str] | Cache | None, *, missing: str, name: str
+) -> Source:
+    """Loads data by its SPEC (or takes it as it is) and finds its rows in the cache.
+
+    Raises:
+        CoverageError: the cache lacks samples and `missing` is `error`.
+        UsageError: a one-class teacher.
+        DataError: no rows.
+    """
+    loaded = load_data(data) if isinstance(data, str) else data
+    if not isinstance(loaded, LoadedData):
+        classes = getattr(loaded, "num_classes", None)
+        rows = _length(loaded, name)
+        loaded = LoadedData(
+            loaded, name, classes if isinstance(classes, int) else None, None, None, {"name": name, "rows": rows}
+        )
+    positions = np.arange(_length(loaded.dataset, name), dtype=np.int64)
+    if not len(positions):
+        raise DataError(f"the {name} data has no rows; a run needs at least one")
+    if cache is None:
+        return Source(name, loaded.dataset, None, positions, None, loaded.num_classes, loaded.provenance)
+    opened = cache if isinstance(cache, Cache) else open_cache(cache)
+    if opened.num_classes < 2:
+        raise UsageError(
+            f"the teacher of {opened.path.name} has one class, and softmax over one class is always 1: the loss would "
+            "teach nothing. kdcache.train.binary.binary_kd serves one-logit teachers in a loop of your own"
+        )
+    ids = resolve(loaded.dataset, sample_ids=loaded.sample_ids)
+    found = opened.rows(ids) if missing == "error" else opened.find(ids)
+    if missing == "skip":
+        positions = np.flatnonzero(found >= 0)
+        if not len(positions):
+            raise DataError(f"{opened.path.name} holds none of the {len(ids)} samples of the {name} data; none is left")
+    return Source(name, loaded.dataset, ids, positions, opened, loaded.num_classes, loaded.provenance)
+
+
+def _length(dataset: Any, name: str) -> int:
+    try:
+        return len(dataset)
+    except TypeError:
+        raise DataError(f"the {name} data ({type(dataset).__name__}) has no length; a map-style data set is needed") from None
+
+
+def build_loader(source: Source, batch_sampler: Any, options: DistillOptions, generator: torch.Generator) -> Any:
+    """Collated batches with teacher rows at their end; the rows are gathered in this process.
+
+    Args:
+        source: the data set and its cache.
+        batch_sampler: yields lists of positions.
+        options: workers, missing and check are used.
+        generator: seeds the workers; a loader would draw from the global one, and a resumed run differ.
+    """
+    dataset = source.dataset
+    if source.cache is not None:
+        dataset = with_ids(dataset, sample_ids=source.sample_ids)
+    loader: DataLoader[Any] = DataLoader(
+        dataset,
+        batch_sampler=batch_sampler,
+        num_workers=options.workers,
+        persistent_workers=options.workers > 0,
+        pin_memory=torch.cuda.is_available() and options.device != "cpu",
+        worker_init_fn=shield_worker,
+        generator=generator,
+    )
+    if source.cache is None:
+        return loader
+    missing = "ce" if options.missing == "skip" else options.missing  # skipped rows are not among the positions
+    return attach(loader, source.cache, missing=missing, check=options.check)
+
+
+def example_batch(source: Source) -> Batch:
+    """The first row as a batch of one, without its teacher."""
+    item = source.dataset[int(source.positions[0])]
+    return take_apart(default_collate([item]), has_teacher=False)
+
+
+def open_student(
+    given: nn.Module | None, source: Source, options: DistillOptions, device: torch.device
+) -> tuple[nn.Module, int]:
+    """The student on its device, in training mode, and its number of classes.
+
+    Its first forward pass happens here, without gradient and in eval mode: lazy layers get their shapes,
+    and a student that does not fit data or teacher is refused.
+
+    Raises:
+        MismatchError: another number of classes than the cache or the data.
+    """
+    example = example_batch(source)
+    known = source.num_classes if source.cache is None else source.cache.num_classes
+    if given is not None:
+        student = given
+    elif options.student is not None:
+        student = load_student(options.student, num_classes=known, example=example.inputs)
+    else:
+        raise UsageError("no student: give --student, for example mlp:784-128-10 or module:factory")
+    student.to(device).eval()
+    with torch.no_grad():
+        inputs = Batch(example.inputs, None, None).to(device, num_classes=known or 1).inputs
+        width = call_model(student, inputs, forward_names(student)).shape[1]
+    if options.init is not None:
+        load_weights(student, options.init)
+    if source.cache is not None and width != source.cache.num_classes:
+        raise MismatchError(
+            f"the student has {width} classes, the teacher of {source.cache.path.name} has {source.cache.num_classes}: "
+            "give the student the teacher's classes, in the teacher's order"
+        )
+    if known is not None and width < known:
+        raise MismatchError(f"the student has {width} classes, the {source.name} data has {known}")
+    return student.train(), width
+
+
+def check_signal(source: Source, options: DistillOptions) -> None:
+    """Refuses runs that have nothing to learn from, or would leave out a term without a word.
+
+    Raises:
+        UsageError: alpha above 0 or hard targets without a cache, or neither labels nor a teacher.
+    """
+    if source.cache is not None:
+        return
+    if options.hard_targets:
+        raise UsageError("--hard-targets needs the teacher's logits; give --cache")
+    if options.alpha > 0:
+        raise UsageError(f"--alpha {options.alpha:g} needs the teacher's logits; give --cache, or --alpha 0 for labels only")
+    if example_batch(source).labels is None:
+        raise UsageError(f"the {source.name} data has no labels and there is no cache: there is nothing to learn from")

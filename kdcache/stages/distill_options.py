@@ -1,0 +1,171 @@
+"""The options of the `distill` stage: one frozen record, from which the command line is generated.
+
+Each field carries its help text and its choices as metadata, so that the command, its reference page
+and this page cannot differ.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kdcache.errors import UsageError
+from kdcache.stages.amp import AMP_DTYPES
+from kdcache.stages.optim import DEFAULT_LR, DEFAULT_WEIGHT_DECAY, OPTIMIZERS, SCHEDULES
+
+MISSING = ("error", "ce", "skip")
+CHECKS = ("ids", "sample", "full")
+DEFAULT_EPOCHS = 10
+
+
+def _option(default: Any, help_text: str, *, group: str, choices: Sequence[str] = ()) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help_text, "group": group, "choices": tuple(choices)})
+
+
+@dataclass(frozen=True)
+class DistillOptions:
+    """What `distill` is asked to do; every field has a default and a help text in its metadata.
+
+    `batch_size` counts the rows of an optimiser step over all ranks and accumulation pieces, so that
+    runs on other machines, and arms of a comparison, take equal steps.
+    """
+
+    student: str | None = _option(None, "Student: mlp:784-128-10, cnn:SMALL or module:factory.", group="inputs")
+    data: str | None = _option(
+        None, "Training data: digits:train, npz:FILE, folder:PATH, module:factory ...", group="inputs"
+    )
+    val: str | None = _option(None, "Validation data, as for --data.", group="inputs")
+    cache: str | None = _option(None, "Cache of the teacher's logits; may be left out with --alpha 0.", group="inputs")
+    val_cache: str | None = _option(
+        None, "Cache for the validation data: measures fidelity to the teacher.", group="inputs"
+    )
+    init: Path | None = _option(None, "State dict (.pt or .safetensors) that the student starts from.", group="inputs")
+    out: Path | None = _option(None, "Folder of the run.", group="inputs")
+
+    alpha: float = _option(0.9, "Weight of the teacher's term, 0 (labels only) to 1 (teacher only).", group="loss")
+    temperature: float = _option(4.0, "Softmax temperature of teacher and student, above 0.", group="loss")
+    hard_targets: bool = _option(False, "Cross-entropy on the teacher's argmax for every row instead.", group="loss")
+    label_smoothing: float = _option(0.0, "Label smoothing of the cross-entropy, 0 to 1.", group="loss")
+    missing: str = _option(
+        "error", "Rows that the cache lacks: fail, learn the label, skip.", group="loss", choices=MISSING
+    )
+    check: str = _option("sample", "Rows whose input is compared with the cache's.", group="loss", choices=CHECKS)
+
+    epochs: int | None = _option(None, f"Passes over the data ({DEFAULT_EPOCHS} without --steps).", group="training")
+    steps: int | None = _option(None, "Optimiser steps, instead of --epochs.", group="training")
+    batch_size: int = _option(128, "Rows of an optimiser step, over all ranks.", group="training")
+    drop_last: bool = _option(False, "Leave out the short batch at an epoch's end.", group="training")
+    grad_accumulation: int = _option(1, "Forward passes that a rank divides its rows of a step into.", group="training")
+    clip_norm: float | None = _option(None, "Largest L2 norm of a step's gradient.", group="training")
+    optimizer: str = _option("sgd", "Optimiser.", group="training", choices=OPTIMIZERS)
+    lr: float | None = _option(None, f"Learning rate ({DEFAULT_LR}).", group="training")
+    momentum: float = _option(0.9, "Momentum of SGD.", group="training")
+    weight_decay: float | None = _option(None, f"Weight decay ({DEFAULT_WEIGHT_DECAY}).", group="training")
+    schedule: str = _option("cosine", "Course of the learning rate.", group="training", choices=SCHEDULES)
+    warmup: int = _option(0, "Steps of linear warm-up.", group="training")
+    amp: str = _option("none", "Mixed precision.", group="training", choices=tuple(AMP_DTYPES))
+    seed: int = _option(0, "Seed of initial weights, order and dropout.", group="training")
+
+    device: str = _option("auto", "Device: auto, cpu, cuda, cuda:0 ...", group="machine")
+    workers: int = _option(0, "DataLoader workers of a rank.", group="machine")
+    threads: int | None = _option(
+        None, "Threads of torch on the CPU (results move in the last bit with it).", group="machine"
+    )
+
+    resume: bool = _option(False, "Go on from the run in --out if there is one.", group="run")
+    overwrite: bool = _option(False, "Replace the run in --out.", group="run")
+    checkpoint_seconds: float = _option(300.0, "Seconds between checkpoints to resume from.", group="run")
+    checkpoint_steps: int | None = _option(None, "Steps between checkpoints, as well.", group="run")
+    eval_steps: int | None = _option(None, "Steps between evaluations (default: each epoch's end).", group="run")
+    log_steps: int = _option(50, "Steps between lines of metrics.jsonl.", group="run")
+    tensorboard: bool = _option(False, "Write TensorBoard events too (extra tensorboard).", group="run")
+    quiet: bool = _option(False, "No progress on stderr.", group="run")
+
+
+PATHS = ("cache", "val_cache", "init", "out")
+# What may differ when a run is resumed: where it computes, how often it reports, and the request itself.
+RESUMABLE = frozenset(
+    {"out", "resume", "overwrite"}
+    | {field.name for field in dataclasses.fields(DistillOptions) if field.metadata["group"] in ("machine", "run")}
+)
+
+
+def resolve(options: DistillOptions) -> DistillOptions:
+    """The options with the defaults that depend on others filled in, checked.
+
+    Raises:
+        UsageError: a value out of range, or two that exclude each other; the message names the option.
+    """
+    _check_choices(options)
+    _check_numbers(options)
+    if options.epochs is not None and options.steps is not None:
+        raise UsageError("--epochs and --steps exclude each other; give one of them")
+    if options.resume and options.overwrite:
+        raise UsageError("--resume and --overwrite exclude each other; give one of them")
+    if (options.resume or options.tensorboard) and options.out is None:
+        raise UsageError("--resume and --tensorboard need the folder of the run; give --out")
+    if options.hard_targets and options.label_smoothing:
+        raise UsageError("--hard-targets and --label-smoothing exclude each other: the control is the teacher's argmax")
+    return dataclasses.replace(
+        options,
+        epochs=DEFAULT_EPOCHS if options.epochs is None and options.steps is None else options.epochs,
+        lr=DEFAULT_LR[options.optimizer] if options.lr is None else options.lr,
+        weight_decay=DEFAULT_WEIGHT_DECAY[options.optimizer] if options.weight_decay is None else options.weight_decay,
+    )
+
+
+def _check_choices(options: DistillOptions) -> None:
+    for field in dataclasses.fields(options):
+        choices, value = field.metadata["choices"], getattr(options, field.name)
+        if choices and value not in choices:
+            raise UsageError(f"{flag(field.name)} {value!r} is not known; choose one of {', '.join(choices)}")
+
+
+def _check_numbers(options: DistillOptions) -> None:
+    ranges: dict[str, tuple[bool, str]] = {
+        "alpha": (0 <= options.alpha <= 1, "between 0 and 1"),
+        "temperature": (0 < options.temperature < math.inf, "above 0"),
+        "label_smoothing": (0 <= options.label_smoothing < 1, "at least 0 and below 1"),
+        "epochs": (options.epochs is None or options.epochs >= 1, "at least 1"),
+        "steps": (options.steps is None or options.steps >= 1, "at least 1"),
+        "batch_size": (options.batch_size >= 1, "at least 1"),
+        "grad_accumulation": (options.grad_accumulation >= 1, "at least 1"),
+        "clip_norm": (options.clip_norm is None or options.clip_norm > 0, "above 0"),
+        "lr": (options.lr is None or 0 < options.lr < math.inf, "above 0"),
+        "momentum": (0 <= options.momentum < 1, "at least 0 and below 1"),
+        "weight_decay": (options.weight_decay is None or 0 <= options.weight_decay < math.inf, "at least 0"),
+        "warmup": (options.warmup >= 0, "at least 0"),
+        "seed": (0 <= options.seed < 2**63, "at least 0 and below 2**63"),
+        "workers": (options.workers >= 0, "at least 0"),
+        "threads": (options.threads is None or options.threads >= 1, "at least 1"),
+        "checkpoint_seconds": (options.checkpoint_seconds > 0, "above 0"),
+        "checkpoint_steps": (options.checkpoint_steps is None or options.checkpoint_steps >= 1, "at least 1"),
+        "eval_steps": (options.eval_steps is None or options.eval_steps >= 1, "at least 1"),
+        "log_steps": (options.log_steps >= 1, "at least 1"),
+    }
+    for name, (is_valid, expected) in ranges.items():
+        if not is_valid:
+            raise UsageError(f"{flag(name)} must be {expected}, found {getattr(options, name)}")
+
+
+def flag(field_name: str) -> str:
+    """The command-line spelling of a field."""
+    return "--" + field_name.replace("_", "-")
+
+
+def portable(options: DistillOptions) -> dict[str, Any]:
+    """The options as plain values that may travel: of each absolute path only the last name is kept."""
+    return {name: _portable_value(name, value) for name, value in dataclasses.asdict(options).items()}
+
+
+def _portable_value(name: str, value: Any) -> Any:
+    if not isinstance(value, (str, Path)):
+        return value
+    if name in PATHS:
+        return Path(value).name
+    parts = str(value).split(":")  # a spec has its path behind a scheme, and a split's name may follow it
+    return ":".join(Path(part).name if Path(part).is_absolute() or part.startswith("~") else part for part in parts)

@@ -1,0 +1,92 @@
+"""Measures a student on held-out rows: accuracy, likelihood, and fidelity to the teacher.
+
+Fidelity is not accuracy: a student can agree with its teacher where both are wrong. Both are reported,
+on rows that neither the loss nor the order of training has seen.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kdcache.stages.amp import autocast
+from kdcache.stages.calls import call_model, forward_names, take_apart
+from kdcache.stages.objective import Objective, masked_kl
+from kdcache.stages.parallel import Team
+from kdcache.train.losses import cross_entropy
+
+# What `evaluate` counts, in this order.
+COUNTS = ("loss", "weight", "nll", "correct", "labelled", "kl", "agree", "taught")
+
+
+def batches_of_rank(positions: np.ndarray, batch_size: int, team: Team) -> list[list[int]]:
+    """This rank's share of the held-out rows, in order, cut into batches; may be empty."""
+    share = np.array_split(positions, team.world_size)[team.rank]
+    return [share[start : start + batch_size].tolist() for start in range(0, len(share), batch_size)]
+
+
+def evaluate(
+    student: nn.Module, batches: Iterable[Any], objective: Objective, *, has_teacher: bool, amp: str, team: Team
+) -> dict[str, float]:
+    """Metrics over the batches of all ranks; the student is left in training mode as it was.
+
+    Returns:
+        `val_loss` (the training objective), and where rows have a label `val_nll` (nats) and
+        `val_accuracy`, where they have a teacher `agreement` (share of rows with the same top class) and
+        `teacher_kl` (mean KL(teacher || student) at temperature 1, nats). Dense prediction counts positions.
+    """
+    was_training = student.training
+    student.eval()
+    names = forward_names(student)
+    counts = torch.zeros(len(COUNTS), dtype=torch.float32 if team.device.type == "mps" else torch.float64)
+    counts = counts.to(team.device)
+    with torch.no_grad():
+        for collated in batches:
+            batch = take_apart(collated, has_teacher=has_teacher)
+            with autocast(amp, team.device):
+                batch = batch.to(team.device)
+                logits = call_model(student, batch.inputs, names).float()
+            counts += torch.stack(_counts(logits, batch, objective)).to(counts.dtype)
+    student.train(was_training)
+    return _metrics(dict(zip(COUNTS, team.sum(counts).tolist(), strict=True)))
+
+
+def _counts(logits: Tensor, batch: Any, objective: Objective) -> list[Tensor]:
+    zero = logits.new_zeros(())
+    loss, weight = objective.sums(logits, batch)
+    found = [loss, weight, zero, zero, zero, zero, zero, zero]
+    top = logits.argmax(dim=1)
+    if batch.labels is not None:
+        labelled = batch.labels >= 0
+        found[2:5] = cross_entropy(logits, batch.labels).sum(), (top == batch.labels).sum(), labelled.sum()
+    if batch.teacher is not None:
+        divergence, taught = masked_kl(logits, batch, temperature=1.0)
+        agrees = (top == batch.teacher.dense().argmax(dim=1)) & taught
+        found[5:8] = divergence.sum(), agrees.sum(), taught.sum()
+    return [value.to(torch.float32) for value in found]
+
+
+def _metrics(counts: dict[str, float]) -> dict[str, float]:
+    metrics = {}
+    if counts["weight"]:
+        metrics["val_loss"] = counts["loss"] / counts["weight"]
+    if counts["labelled"]:
+        metrics["val_nll"] = counts["nll"] / counts["labelled"]
+        metrics["val_accuracy"] = counts["correct"] / counts["labelled"]
+    if counts["taught"]:
+        metrics["agreement"] = counts["agree"] / counts["taught"]
+        metrics["teacher_kl"] = counts["kl"] / counts["taught"]
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}
+
+
+def is_better(metrics: dict[str, float], best: dict[str, float]) -> bool:
+    """Whether an evaluation beats the best so far: by accuracy, without labels by agreement; a tie does not."""
+    key = next((key for key in ("val_accuracy", "agreement") if key in metrics), None)
+    if key is None:
+        return bool(metrics) and not best
+    return metrics[key] > best.get(key, -math.inf)

@@ -1,0 +1,93 @@
+"""The built-in students: a multilayer perceptron and a small convolutional network.
+
+Both normalise per sample or not at all. Batch norm would make a row's loss depend on the batch, the ranks and the
+accumulation steps it shares; group norm does not, and here it trains as fast (3x32x32, 2 cores: 3,900 rows/s against
+3,500 for a network of 205,000 parameters).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+# Channels of the three stages.
+CNN_WIDTHS = {
+    "TINY": (8, 16, 32),
+    "SMALL": (24, 48, 96),
+    "BASE": (64, 128, 256),
+}
+
+_CHANNELS_PER_GROUP = 8
+_LARGE_PIXELS = 16
+
+
+class MLP(nn.Sequential):
+    """Linear layers with ReLU between them; takes (N, ...) and flattens it.
+
+    Args:
+        widths: inputs, hidden layers, classes; at least two.
+
+    >>> MLP((784, 128, 10))(torch.zeros(2, 1, 28, 28)).shape
+    torch.Size([2, 10])
+    """
+
+    def __init__(self, widths: Sequence[int]) -> None:
+        layers: list[nn.Module] = [nn.Flatten()]
+        for index, (inputs, outputs) in enumerate(itertools.pairwise(widths)):
+            if index:
+                layers.append(nn.ReLU())
+            layers.append(nn.Linear(inputs, outputs))
+        super().__init__(*layers)
+
+
+class CNN(nn.Module):
+    """Three stages of two 3x3 convolutions, the second with a shortcut, then the mean over positions.
+
+    Every stage halves height and width; the first does not where an image is at most 16 pixels high or wide.
+    With 3x32x32 inputs and 10 classes: TINY 19,000 parameters, SMALL 164,000, BASE 1,150,000.
+
+    Args:
+        size: a key of `CNN_WIDTHS`.
+        in_channels: of the images.
+        num_classes: C.
+        pixels: the smaller of an image's height and width.
+    """
+
+    def __init__(self, size: str, *, in_channels: int, num_classes: int, pixels: int) -> None:
+        super().__init__()
+        stages: list[nn.Module] = []
+        channels = in_channels
+        for index, width in enumerate(CNN_WIDTHS[size]):
+            stride = 1 if index == 0 and pixels <= _LARGE_PIXELS else 2
+            stages += [_convolution(channels, width, stride), _Shortcut(_convolution(width, width, 1))]
+            channels = width
+        self.stages = nn.Sequential(*stages)
+        self.head = nn.Linear(channels, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (N, C) of images (N, in_channels, H, W)."""
+        features: Tensor = self.stages(images)
+        logits: Tensor = self.head(features.mean(dim=(2, 3)))
+        return logits
+
+
+class _Shortcut(nn.Module):
+    """What goes in plus what the inner module makes of it."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, features: Tensor) -> Tensor:
+        changed: Tensor = self.inner(features)
+        return features + changed
+
+
+def _convolution(inputs: int, outputs: int, stride: int) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False),
+        nn.GroupNorm(outputs // _CHANNELS_PER_GROUP, outputs),
+        nn.ReLU(),
+    )

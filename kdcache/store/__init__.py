@@ -1,0 +1,1 @@
+"""Caches on disk: writing, publishing, opening, gathering, verifying, merging, exporting. NumPy, no torch."""

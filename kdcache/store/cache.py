@@ -1,0 +1,372 @@
+"""An open cache: rows by sample id, batches at memory speed, every row checked when first touched.
+
+Nothing but paths is pickled, no library lock is held and no handle can break: the same object works in
+forked, spawned and forkserver workers. A batch is one gather an array (0.3 us a row of 1000 float16);
+the first touch of a row in a process costs a CRC on top (0.7 us).
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kdcache.errors import CorruptCacheError, CoverageError, MismatchError, UsageError
+from kdcache.format.checksums import row_crcs
+from kdcache.format.encodings import Encoding
+from kdcache.format.identity import as_sample_ids, show_id, show_ids
+from kdcache.format.schema import CRC_ARRAY
+from kdcache.store.lookup import IdIndex
+from kdcache.store.mapping import PreadRegion, Region, grid_rows
+from kdcache.store.parts import Catalog, check_access, open_part, read_catalog
+from kdcache.store.rows import TeacherRows
+
+_RESIDENCE_SAMPLE = 8
+
+
+def open(path: str | os.PathLike[str], *, expect_root: str | None = None, access: str = "mmap") -> Cache:  # noqa: A001
+    """Opens a folder cache or a one-file `.h5` for reading; nothing is written, ever.
+
+    Args:
+        path: the folder or the file.
+        expect_root: the root hash that the cache must have, as `kdcache inspect` prints it.
+        access: `mmap`, or `pread` for file systems where maps are slow.
+
+    Raises:
+        IncompleteCacheError: nothing there, or a dump that is not finished.
+        CorruptCacheError: not what our writer wrote.
+        MismatchError: another root hash than `expect_root`.
+    """
+    check_access(access)
+    where = Path(os.path.abspath(path))
+    catalog = read_catalog(where)
+    if expect_root is not None and catalog.root != expect_root:
+        raise MismatchError(
+            f"{where} has the root hash {catalog.root}, expected {expect_root}; it is another dump or another version of it"
+        )
+    return Cache(where, catalog, access)
+
+
+class Cache:
+    """A cache opened by `kdcache.open`.
+
+    Rows are numbered view by view: row = slot of the view * samples + position of the sample.
+
+    Attributes:
+        path: the folder or file.
+        root: the root hash, which identifies the content.
+        encoding: what a row's arrays mean.
+        classes: the ordered class names, None where unknown.
+        views: the views it holds.
+        provenance: teacher, data, precision, versions, licence.
+    """
+
+    def __init__(self, path: Path, catalog: Catalog, access: str) -> None:
+        self.path = path
+        self.root = catalog.root
+        self.encoding: Encoding = catalog.schema.encoding
+        self.classes = catalog.classes.names
+        self.views = catalog.views
+        self.provenance: dict[str, Any] = catalog.provenance
+        self._catalog = catalog
+        self._access = access
+        self._guard = threading.Lock()
+        self._guard_process = os.getpid()
+        self._index: IdIndex | None = None
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        parts, schema = self._catalog.parts, self._catalog.schema
+        slots = {view: slot for slot, view in enumerate(self.views)}
+        self._starts = np.array([slots[p.view] * self._catalog.samples + p.start for p in parts], np.int64)
+        self._grid_starts = np.concatenate([[0], np.cumsum([grid_rows(p.rows) for p in parts])])
+        total = int(self._grid_starts[-1])
+        self._shift = self._grid_starts[:-1] - self._starts
+        if self._access == "mmap":
+            self._regions: dict[str, Region | PreadRegion] = {
+                s.name: Region(total, s.dtype, s.row_shape) for s in schema.specs
+            }
+        else:
+            self._regions = {s.name: PreadRegion(s.dtype, s.row_shape) for s in schema.specs}
+        self._checked = np.zeros(total, bool)
+        self._left_to_check = len(self)
+        self._mapped = np.zeros(len(parts), bool)
+        self._all_mapped = False
+        self._names = [s.name for s in schema.encoding.specs]
+        self._single_view = self.views[0] if len(self.views) == 1 else None
+
+    def __len__(self) -> int:
+        return self._catalog.samples * len(self.views)
+
+    def __repr__(self) -> str:
+        return f"Cache({self.path.name!r}, shape={self.shape}, encoding={self.encoding.name} {self.encoding.dtype})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopen, (str(self.path), self.root, self._access)
+
+    def __enter__(self) -> Cache:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Lets the maps go; the object cannot be read afterwards."""
+        self._regions = {}
+        self._index = None
+
+    @property
+    def catalog(self) -> Catalog:
+        """What the cache consists of: schema, class list, shards."""
+        return self._catalog
+
+    @property
+    def num_classes(self) -> int:
+        """C."""
+        return self.encoding.num_classes
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of one view."""
+        return self._catalog.samples
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(rows, C, ...)."""
+        return (len(self), *self.encoding.row_shape)
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether labels lie beside the logits."""
+        return self._catalog.schema.has_labels
+
+    @property
+    def has_digests(self) -> bool:
+        """Whether the dump took a digest of each input."""
+        return self._catalog.schema.has_digests
+
+    @property
+    def sample_ids(self) -> np.ndarray:
+        """(samples,) ids in stored order, int64 or fixed-length bytes."""
+        return self._ids().sample_ids
+
+    def find(self, sample_ids: Any, view: int = 0) -> np.ndarray:
+        """Rows of samples, -1 where the cache has none.
+
+        Args:
+            sample_ids: N ids: integers or text, as the data set has them.
+            view: which view.
+
+        Returns:
+            (N,) int64.
+
+        Raises:
+            MismatchError: the cache has no such view, or ids of another kind (integers against text).
+        """
+        if view not in self.views:
+            raise MismatchError(f"{self.path.name} has the views {list(self.views)}, not {view}")
+        wanted = as_sample_ids(sample_ids)
+        if not len(wanted):
+            return np.empty(0, np.int64)
+        if (wanted.dtype.kind == "i") != (self._catalog.schema.id_dtype == "<i8"):
+            mine = "integers" if self._catalog.schema.id_dtype == "<i8" else "text"
+            raise MismatchError(
+                f"the sample ids of {self.path.name} are {mine}, the ones asked for are {wanted.dtype} "
+                f"(for example {show_id(wanted[0])}); pass the ids that the data had when it was dumped"
+            )
+        positions = self._ids().find(wanted)
+        slot = self.views.index(view)
+        return np.where(positions < 0, -1, positions + slot * self._catalog.samples) if slot else positions
+
+    def rows(self, sample_ids: Any, view: int = 0) -> np.ndarray:
+        """Rows of samples; every one must be there.
+
+        Args:
+            sample_ids: N ids.
+            view: which view.
+
+        Returns:
+            (N,) int64 positions for `gather`.
+
+        Raises:
+            CoverageError: naming the first ids that the cache does not hold.
+            MismatchError: no such view, or ids of another kind.
+        """
+        found = self.find(sample_ids, view)
+        if found.size and int(found.min()) < 0:
+            missing = np.flatnonzero(found < 0)
+            names = show_ids(as_sample_ids(sample_ids)[missing[:6]])
+            raise CoverageError(
+                f"{self.path.name} does not hold {len(missing)} of the {len(found)} samples asked for: {names}. "
+                "Dump them as well, or choose missing='ce' or 'skip' when joining"
+            )
+        return found
+
+    def gather(self, rows: Any, *, out: TeacherRows | None = None) -> TeacherRows:
+        """The stored arrays of some rows, copied once, in the order asked for.
+
+        Args:
+            rows: (N,) integers as `rows` or `find` gives them; -1 gives zeros with `has_teacher` False.
+            out: rows of an earlier call with at least N rows to be overwritten and returned.
+
+        Returns:
+            N rows of NumPy arrays.
+
+        Raises:
+            UsageError: a row below -1 or beyond the end.
+            CorruptCacheError: a row's checksum, view or id is not what it must be.
+        """
+        wanted = np.ascontiguousarray(rows, np.int64)
+        missing = self._check_range(wanted)
+        if missing is not None:
+            wanted = np.where(missing, 0, wanted)
+        grid = self._to_grid(wanted)
+        result = self._empty(len(wanted)) if out is None else _first(out, len(wanted))
+        for name in self._names:
+            self._regions[name].take(grid, result.arrays[name])
+        self._regions["sample_id"].take(grid, result.sample_id)
+        if result.label is not None:
+            self._regions["label"].take(grid, result.label)
+        if result.input_digest is not None:
+            self._regions["input_digest"].take(grid, result.input_digest)
+        result.has_teacher.fill(True)
+        if self._single_view is not None:
+            result.view.fill(self._single_view)
+        else:
+            result.view[:] = np.asarray(self.views, np.uint16)[wanted // self._catalog.samples]
+        if self._left_to_check:
+            self._check_first_touch(wanted, grid, result)
+        if missing is not None:
+            _blank(result, missing)
+        return result
+
+    def stored(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """A copy of one stored array over rows [start, stop), not checked row by row (see `verify`)."""
+        rows = np.arange(start, len(self) if stop is None else stop)
+        spec = next(s for s in self._catalog.schema.specs if s.name == name)
+        target = np.empty(spec.shape(len(rows)), spec.dtype)
+        self._regions[name].take(self._to_grid(rows), target)
+        return target
+
+    def _empty(self, count: int) -> TeacherRows:
+        schema = self._catalog.schema
+        return TeacherRows(
+            encoding=self.encoding,
+            arrays={s.name: np.empty(s.shape(count), s.dtype) for s in schema.encoding.specs},
+            sample_id=np.empty(count, schema.id_dtype),
+            view=np.empty(count, np.uint16),
+            label=np.empty(count, np.int64) if schema.has_labels else None,
+            has_teacher=np.empty(count, bool),
+            input_digest=np.empty(count, np.uint64) if schema.has_digests else None,
+        )
+
+    def _check_range(self, rows: np.ndarray) -> np.ndarray | None:
+        if rows.ndim != 1:
+            raise UsageError(f"rows must be one-dimensional, found shape {rows.shape}")
+        if not rows.size:
+            return None
+        lowest, highest = int(rows.min()), int(rows.max())
+        if lowest < -1 or highest >= len(self):
+            wrong = lowest if lowest < -1 else highest
+            raise UsageError(f"row {wrong} does not exist; {self.path.name} has rows 0 to {len(self) - 1}")
+        return rows < 0 if lowest < 0 else None
+
+    def _to_grid(self, rows: np.ndarray) -> np.ndarray:
+        """From rows to their places in the mapped ranges; maps shards that are touched for the first time."""
+        if len(self._starts) == 1:
+            if not self._all_mapped:
+                self._map(np.zeros(1, np.int64))
+            return rows
+        parts = np.searchsorted(self._starts, rows, side="right") - 1
+        if not self._all_mapped:
+            self._map(parts)
+        grid: np.ndarray = rows + self._shift[parts]
+        return grid
+
+    def _map(self, parts: np.ndarray) -> None:
+        needed = np.unique(parts[~self._mapped[parts]])
+        if not needed.size:
+            return
+        with self._lock():
+            for number in needed[~self._mapped[needed]].tolist():
+                part = self._catalog.parts[number]
+                fd = open_part(part)
+                try:
+                    for name, region in self._regions.items():
+                        region.place(fd, part.arrays[name].offset, int(self._grid_starts[number]), part.rows)
+                finally:
+                    os.close(fd)
+                self._mapped[number] = True
+            self._all_mapped = bool(self._mapped.all())
+
+    def _check_first_touch(self, rows: np.ndarray, grid: np.ndarray, result: TeacherRows) -> None:
+        fresh = np.flatnonzero(~self._checked[grid])
+        if not fresh.size:
+            return
+        everything = len(fresh) == len(rows)
+        at = grid if everything else grid[fresh]
+        touched = result if everything else result.take(fresh)
+        numbers = rows if everything else rows[fresh]
+        positions = numbers % self._catalog.samples
+        stored_crc, stored_view = np.empty(len(at), "<u4"), np.empty(len(at), "<u2")
+        self._regions[CRC_ARRAY].take(at, stored_crc)
+        self._regions["view"].take(at, stored_view)
+        arrays = {"sample_id": touched.sample_id, "label": touched.label, "input_digest": touched.input_digest}
+        ordered = [touched.arrays.get(n, arrays.get(n)) for n in self._catalog.schema.crc_names]
+        good = stored_view == touched.view
+        for view in self.views:
+            of_view = np.flatnonzero(touched.view == view)
+            crcs = row_crcs([a[of_view] for a in ordered], view=view, positions=positions[of_view])  # type: ignore[index]
+            good[of_view] &= crcs == stored_crc[of_view]
+        if self._catalog.first_id is not None:
+            good &= touched.sample_id == self._catalog.first_id + positions
+        if not good.all():
+            bad = int(numbers[np.flatnonzero(~good)[0]])
+            part = self._catalog.parts[int(np.searchsorted(self._starts, bad, side="right")) - 1]
+            raise CorruptCacheError(
+                f"{part.path}: row {bad} (sample {show_id(touched.sample_id[np.flatnonzero(~good)[0]])}) does not match "
+                "its checksum; the file is damaged or rows were moved. Run `kdcache verify`, then fetch or dump it again"
+            )
+        before = int(np.count_nonzero(self._checked[np.unique(at)]))
+        self._checked[at] = True
+        self._left_to_check -= len(np.unique(at)) - before
+
+    def _lock(self) -> threading.Lock:
+        if self._guard_process != os.getpid():  # a lock that a thread of the parent held would hang a fork
+            self._guard, self._guard_process = threading.Lock(), os.getpid()
+        return self._guard
+
+    def _ids(self) -> IdIndex:
+        if self._index is None:
+            first = self._catalog.first_id
+            if first is not None:
+                self._index = IdIndex.of_range(first, self._catalog.samples)
+            else:
+                self._index = IdIndex.of_array(self.stored("sample_id", 0, self._catalog.samples), self.path)
+        return self._index
+
+
+def _reopen(path: str, root: str, access: str) -> Cache:
+    return open(path, expect_root=root, access=access)
+
+
+def _first(rows: TeacherRows, count: int) -> TeacherRows:
+    if len(rows) == count:
+        return rows
+    if len(rows) < count:
+        raise UsageError(f"out has room for {len(rows)} rows, {count} were asked for")
+    return rows.take(slice(0, count))
+
+
+def _blank(rows: TeacherRows, missing: np.ndarray) -> None:
+    for array in rows.arrays.values():
+        array[missing] = 0
+    rows.sample_id[missing] = 0 if rows.sample_id.dtype.kind == "i" else b""
+    rows.has_teacher[missing] = False
+    if rows.label is not None:
+        rows.label[missing] = -1
+    if rows.input_digest is not None:
+        rows.input_digest[missing] = 0

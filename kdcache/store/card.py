@@ -1,0 +1,93 @@
+"""`kdcache card`: a README.md in a folder cache, so that whoever receives the files knows what they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from kdcache.errors import UsageError
+from kdcache.store import posix
+from kdcache.store.inspect import describe
+
+CARD = "README.md"
+
+
+def write_card(path: str | Path, *, overwrite: bool = False) -> Path:
+    """Writes the card of a folder cache.
+
+    Args:
+        path: a finished folder cache.
+        overwrite: replace a card that is there.
+
+    Returns:
+        The path of the card.
+
+    Raises:
+        UsageError: a one-file cache, or a card is there already.
+    """
+    folder = Path(path)
+    summary = describe(folder)
+    if summary["kind"] != "folder":
+        raise UsageError(f"{folder} is one file; a card goes into a folder cache. Print it with `kdcache card --print`")
+    target = folder / CARD
+    if target.exists() and not overwrite:
+        raise UsageError(f"{target} exists; pass --overwrite to replace it")
+    posix.write_file(target, render_card(summary, name=folder.resolve().name).encode(), replace=True)
+    return target
+
+
+def render_card(summary: dict[str, Any], *, name: str) -> str:
+    """The text of a card: YAML front matter as the dataset hubs read it, then what the rows are.
+
+    Args:
+        summary: what `describe` returns.
+        name: of the cache.
+    """
+    provenance = summary["provenance"]
+    teacher, data = provenance.get("teacher", {}), provenance.get("data", {})
+    licence = str(provenance.get("licence") or teacher.get("licence") or "unknown")
+    encoding = summary["encoding"]
+    lines = [
+        "---",
+        f"license: {_plain(licence)}",
+        "tags: [knowledge-distillation, teacher-logits, kdcache]",
+        f"pretty_name: {_plain(name)}",
+        "configs:",
+        "- config_name: default",
+        "  data_files: shards/*.h5",
+        "---",
+        "",
+        f"# Teacher logits: {_plain(name)}",
+        "",
+        f"{summary['samples']:,} samples x {len(summary['views'])} view(s), {summary['classes']['count']} classes, "
+        f"encoding {encoding['name']} {encoding['dtype']}, {summary['bytes_per_row']['total']} bytes a row on disk.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| teacher | {_plain(str(teacher.get('spec', 'unknown')))} |",
+        f"| weights sha256 | `{_plain(str(teacher.get('state_sha256', 'unknown')))}` |",
+        f"| data | {_plain(str(data.get('name', 'unknown')))} |",
+        f"| did the teacher train on these rows? | {_plain(str(provenance.get('teacher_seen', 'unknown')))} |",
+        f"| licence | {_plain(licence)} |",
+        f"| root hash | `{summary['root']}` |",
+        f"| created | {summary['created'] or 'not recorded'} |",
+        "",
+        "The arrays stand at the root of each file in `shards/`; any HDF5 tool reads them. `logits` are raw",
+        "(no softmax, no temperature); for float16 the row maximum is kept apart: raw logit = logits + row_max.",
+        "",
+        "```python",
+        "import kdcache",
+        "",
+        "cache = kdcache.open(PATH_OF_THIS_FOLDER)",
+        "loader = DataLoader(kdcache.join(dataset, cache), batch_size=256, shuffle=True)",
+        "```",
+        "",
+        "Check what you received: `kdcache verify . --expect-root " + str(summary["root"]) + "`",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _plain(text: str) -> str:
+    """One line without what could break a table cell or the front matter."""
+    return " ".join(text.split()).replace("|", "/").replace("`", "'")[:300]

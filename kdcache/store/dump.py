@@ -1,0 +1,257 @@
+"""A dump in progress: a folder of shards that any number of processes fill, without talking to each other.
+
+Each process takes the lock of a free shard, publishes it, writes its commit record, and goes on; whoever
+finds all records present writes `manifest.json`. A kill costs at most the shard in hand of each process.
+No manifest, no cache.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+
+from kdcache.errors import CorruptCacheError, MismatchError, UsageError
+from kdcache.format.headers import shard_header
+from kdcache.format.identity import canonical_json
+from kdcache.format.manifest import Manifest, ShardRecord, parse_manifest, parse_shard, shard_name
+from kdcache.format.strict_json import MAX_JSON_BYTES, load_json
+from kdcache.store import posix
+from kdcache.store.locks import FINISH, lock_file
+from kdcache.store.plan import Plan, parse_plan, plan_of_manifest, require_same_plan
+from kdcache.store.shards import ContainerWriter, file_sha256, remove_temporaries
+
+MANIFEST = "manifest.json"
+PLAN = "plan.json"
+SHARDS = "shards"
+_OURS = {MANIFEST, PLAN, SHARDS, ".lock", "README.md", "classes.json"}
+
+
+class DumpFolder:
+    """One process's view of a dump folder; get it from `open_dump`."""
+
+    def __init__(self, folder: Path, plan: Plan) -> None:
+        self.folder = folder
+        self.plan = plan
+        self._locks = lock_file(folder)
+
+    @property
+    def manifest_path(self) -> Path:
+        """Where the manifest is, or will be."""
+        return self.folder / MANIFEST
+
+    @property
+    def finished(self) -> bool:
+        """Whether the manifest is there."""
+        return self.manifest_path.exists()
+
+    def record(self, view: int, index: int) -> ShardRecord | None:
+        """The commit record of a shard, None if it is not committed."""
+        path = self._record_path(view, index)
+        if not path.exists():
+            return None
+        text = posix.read_file(path, MAX_JSON_BYTES)
+        return parse_shard(load_json(text, where=str(path)), self.plan.schema, where=str(path))
+
+    def claim(self, view: int, index: int) -> bool:
+        """Takes the lock of a shard that nobody has committed; False if it is done or in other hands."""
+        lock = self._lock_index(view, index)
+        if self.finished or self._record_path(view, index).exists():
+            return False
+        with posix.translated("lock", self.folder):
+            if not self._locks.try_lock(lock):
+                return False
+        if self.finished or self._record_path(view, index).exists():  # committed while we asked
+            self.release(view, index)
+            return False
+        remove_temporaries(self.folder / SHARDS, shard_name(view, index))
+        with posix.translated("clean", self.folder):  # published but not committed: a process died in between
+            posix.unlink(self.folder / SHARDS / shard_name(view, index))
+        return True
+
+    def release(self, view: int, index: int) -> None:
+        """Gives the lock of a shard back."""
+        self._locks.unlock(self._lock_index(view, index))
+
+    def holder(self, view: int, index: int) -> int | None:
+        """The process that works on a shard, where the system tells."""
+        return self._locks.holder(self._lock_index(view, index))
+
+    def container(self, view: int, index: int, start: int, stop: int) -> ContainerWriter:
+        """A writer for samples [start, stop) of a view; the caller holds the shard's lock."""
+        teacher = self.plan.provenance.get("teacher", {})
+        header = shard_header(self.plan.schema, self.plan.classes, teacher, view=view, start=start, stop=stop)
+        path = self.folder / SHARDS / shard_name(view, index)
+        return ContainerWriter(path, self.plan.schema, stop - start, header)
+
+    def commit(self, writer: ContainerWriter, record: ShardRecord, index: int) -> None:
+        """Publishes a finished shard and writes its commit record, in this order."""
+        path = self.folder / SHARDS / record.file
+        if not writer.publish():
+            self._settle_existing(path, record)
+        text = canonical_json(record.to_json()).encode() + b"\n"
+        posix.write_file(self._record_path(record.view, index), text, replace=True)
+
+    def finish(self, records: list[ShardRecord], *, samples: int) -> Manifest:
+        """Writes the manifest, once, and clears the plan and the commit records away.
+
+        Args:
+            records: of all shards, ordered by (view, start).
+            samples: of each view.
+        """
+        while not self._locks.try_lock(FINISH):
+            time.sleep(0.02)  # another process is writing the very same manifest
+        try:
+            if self.finished:
+                return read_manifest(self.folder)
+            manifest = Manifest(
+                schema=self.plan.schema,
+                classes=self.plan.classes,
+                samples=samples,
+                views=self.plan.views,
+                shard_rows=self.plan.shard_rows,
+                provenance=self.plan.provenance,
+                shards=tuple(records),
+                created=utc_now(),
+            ).sealed()
+            parse_manifest(manifest.dump(), where=str(self.manifest_path))  # never publish what we would refuse
+            posix.write_file(self.manifest_path, manifest.dump(), replace=False)
+            self._clear()
+            return manifest
+        finally:
+            self._locks.unlock(FINISH)
+
+    def all_records(self) -> list[ShardRecord] | None:
+        """The records of all planned shards in order, None while one is missing."""
+        records = []
+        for number in range(self.plan.shard_count):
+            view, _, _ = self.plan.span(number)
+            record = self.record(view, number % self.plan.shards_per_view)
+            if record is None:
+                return None
+            records.append(record)
+        return records
+
+    def clear_leftovers(self) -> None:
+        """Removes what a process that was killed right after it wrote the manifest left behind."""
+        if self.finished and self._locks.try_lock(FINISH):
+            try:
+                self._clear()
+            finally:
+                self._locks.unlock(FINISH)
+
+    def _clear(self) -> None:
+        with posix.translated("clean", self.folder):
+            for entry in os.scandir(self.folder / SHARDS):
+                if entry.name.endswith(".json"):
+                    posix.unlink(self.folder / SHARDS / entry.name)
+        remove_temporaries(self.folder / SHARDS)
+        remove_temporaries(self.folder)
+        with posix.translated("clean", self.folder):
+            posix.unlink(self.folder / PLAN)
+
+    def _settle_existing(self, path: Path, record: ShardRecord) -> None:
+        """Somebody published this shard although we hold its lock. Equal bytes are fine."""
+        fd, size = posix.open_regular(path)
+        try:
+            same = size == record.size and file_sha256(lambda o, n: posix.read_exactly(fd, o, n, path), size) == record.sha256
+        finally:
+            os.close(fd)
+        if not same:
+            raise CorruptCacheError(
+                f"{path} was published by another process while this one held its lock, with other bytes; "
+                "locks do not work on this file system. Run the dump from one machine, or with --shard I/N"
+            )
+
+    def _record_path(self, view: int, index: int) -> Path:
+        return self.folder / SHARDS / f"{shard_name(view, index)[:-3]}.json"
+
+    def _lock_index(self, view: int, index: int) -> int:
+        return view * (1 << 24) + index
+
+
+def utc_now() -> str:
+    """The date for a manifest, in UTC; SOURCE_DATE_EPOCH stands in where builds must be reproducible."""
+    fixed = os.environ.get("SOURCE_DATE_EPOCH", "")
+    when = datetime.fromtimestamp(int(fixed), timezone.utc) if fixed.isdigit() else datetime.now(timezone.utc)
+    return when.strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a folder cache.
+
+    Raises:
+        IncompleteCacheError: there is none.
+        CorruptCacheError: it is not what our writer wrote.
+    """
+    path = folder / MANIFEST
+    return parse_manifest(posix.read_file(path, MAX_JSON_BYTES), where=str(path))
+
+
+def open_dump(folder: Path, plan: Plan) -> DumpFolder:
+    """Joins or starts the dump of `plan` in `folder`.
+
+    Raises:
+        UsageError: the folder holds something that is not a dump.
+        MismatchError: it holds another dump; the message names the field that differs.
+        StorageError: it cannot be made or written.
+    """
+    refuse_foreign(folder)
+    with posix.translated("create", folder):
+        posix.make_folder(folder / SHARDS)
+    dump = DumpFolder(folder, plan)
+    if dump.finished:
+        manifest = read_manifest(folder)
+        require_same_plan(plan_of_manifest(manifest, samples_known=plan.samples is not None), plan, where=str(folder))
+        dump.clear_leftovers()
+        return dump
+    posix.write_file(folder / PLAN, plan.dump(), replace=False)
+    path = folder / PLAN
+    if path.exists():
+        require_same_plan(parse_plan(posix.read_file(path, MAX_JSON_BYTES), where=str(path)), plan, where=str(folder))
+    return dump
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Refuses a path that is not a folder, or a folder with files that are not a dump's.
+
+    Raises:
+        UsageError: naming the first foreign entry.
+    """
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise UsageError(f"{folder} exists and is not a folder; choose another --out")
+    with posix.translated("read", folder):
+        names = {e.name for e in os.scandir(folder)}
+    foreign = sorted(n for n in names - _OURS if not n.startswith(".tmp-"))
+    if foreign:
+        raise UsageError(
+            f"{folder} exists and holds {foreign[0]!r}, which is not part of a cache; choose another or an empty --out"
+        )
+
+
+def remove_dump(folder: Path) -> None:
+    """Removes a cache or a dump in progress (`--overwrite`); the manifest goes first.
+
+    Raises:
+        UsageError: the folder holds something else, which is never removed.
+        MismatchError: another process works on it.
+    """
+    refuse_foreign(folder)
+    if not folder.exists():
+        return
+    locks = lock_file(folder)
+    if not locks.try_lock(FINISH):
+        raise MismatchError(f"{folder} is in use by process {locks.holder(FINISH)}; wait for it or stop it")
+    try:
+        with posix.translated("remove", folder):
+            for name in (MANIFEST, PLAN, "README.md", "classes.json"):
+                posix.unlink(folder / name)
+            if (folder / SHARDS).is_dir():
+                for entry in os.scandir(folder / SHARDS):
+                    posix.unlink(folder / SHARDS / entry.name)
+            posix.fsync_folder(folder)
+    finally:
+        locks.unlock(FINISH)

@@ -1,0 +1,60 @@
+"""`kdcache inspect`: what a cache says about itself, from its manifest or header alone, without torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from kdcache.store.dump import PLAN, SHARDS
+from kdcache.store.parts import read_catalog
+
+
+def describe(path: str | Path) -> dict[str, Any]:
+    """A summary of a cache as one JSON object; rows are not read (see `verify`).
+
+    Args:
+        path: a folder or a one-file cache.
+
+    Returns:
+        `kind`, `root`, `samples`, `views`, `rows`, `classes`, `encoding`, `bytes` (on disk), `bytes_per_row`
+        (`payload` of the encoding, `total` on disk), `shards`, `clamped`, `unlisted` (files in the folder that
+        the manifest does not list), `provenance`, `created`.
+
+    Raises:
+        IncompleteCacheError: nothing there, or not finished.
+        CorruptCacheError: not what our writer wrote.
+    """
+    where = Path(path)
+    catalog = read_catalog(where)
+    rows = catalog.samples * len(catalog.views)
+    names = catalog.classes.names
+    return {
+        "kind": "folder" if catalog.header is None else "file",
+        "root": catalog.root,
+        "format": 1,
+        "samples": catalog.samples,
+        "views": list(catalog.views),
+        "rows": rows,
+        "classes": {"count": catalog.classes.count, "names": list(names) if names else None},
+        "encoding": catalog.schema.encoding.to_json(),
+        "labels": catalog.schema.has_labels,
+        "digests": catalog.schema.has_digests,
+        "sample_ids": "integers" if catalog.schema.id_dtype == "<i8" else f"text of up to {catalog.schema.id_dtype[2:]} bytes",
+        "bytes": catalog.size_bytes,
+        "bytes_per_row": {
+            "payload": catalog.schema.payload_row_bytes,
+            "total": round(catalog.size_bytes / rows, 1),
+        },
+        "shards": len(catalog.shards) or 1,
+        "clamped": sum(r.clamped for r in catalog.shards),
+        "unlisted": unlisted(where) if catalog.header is None else [],
+        "provenance": catalog.provenance,
+        "created": catalog.created,
+    }
+
+
+def unlisted(folder: Path) -> list[str]:
+    """Names in the shards folder that the manifest does not list; readers ignore them."""
+    listed = {Path(p.path).name for p in read_catalog(folder).parts}
+    found = sorted(e.name for e in (folder / SHARDS).iterdir() if e.name not in listed)
+    return [*found, *([PLAN] if (folder / PLAN).exists() else [])]

@@ -1,0 +1,145 @@
+"""The plan of a dump: everything that decides its bytes, written once and shared by all its processes.
+
+Ranks, workers, restarts and further launches may differ; what stands here may not. A second command with
+another plan on the same folder is refused by the name of the field that differs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from kdcache.errors import MismatchError, UsageError
+from kdcache.format.headers import FileHeader
+from kdcache.format.identity import canonical_json
+from kdcache.format.manifest import ClassList, Manifest, parse_classes
+from kdcache.format.schema import FORMAT_VERSION, RowSchema, schema_from_json
+from kdcache.format.strict_json import load_json
+
+DEFAULT_SHARD_BYTES = 256 << 20
+_ROW_GRID = 4096
+
+
+def default_shard_rows(row_bytes: int) -> int:
+    """Rows of a shard of up to 256 MiB: a multiple of 4,096 where that many fit."""
+    fit = max(1, DEFAULT_SHARD_BYTES // row_bytes)
+    return fit // _ROW_GRID * _ROW_GRID if fit >= _ROW_GRID else fit
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is dumped, row by row, and how it is cut into shards.
+
+    `samples` is None where the number of rows is not known before the end (`kdcache.Writer`).
+    `provenance` holds only what identifies the dump: no dates, no ranks.
+    """
+
+    schema: RowSchema
+    classes: ClassList
+    shard_rows: int
+    samples: int | None
+    provenance: dict[str, Any]
+    views: tuple[int, ...] = (0,)
+
+    def __post_init__(self) -> None:
+        if self.shard_rows < 1:
+            raise UsageError(f"shard_rows must be at least 1, found {self.shard_rows}")
+
+    @property
+    def shards_per_view(self) -> int:
+        """Number of shards of each view."""
+        if self.samples is None:
+            raise UsageError("the number of shards is not known before the writer is closed")
+        return -(-self.samples // self.shard_rows)
+
+    def span(self, index: int) -> tuple[int, int, int]:
+        """(view, start, stop) of shard `index`, counted over all views, view by view."""
+        slot, part = divmod(index, self.shards_per_view)
+        start = part * self.shard_rows
+        return self.views[slot], start, min(start + self.shard_rows, self.samples or 0)
+
+    @property
+    def shard_count(self) -> int:
+        """Number of shards over all views."""
+        return self.shards_per_view * len(self.views)
+
+    def to_json(self) -> dict[str, Any]:
+        """As in `plan.json`."""
+        return {
+            "format": FORMAT_VERSION,
+            **self.schema.to_json(),
+            "classes": self.classes.to_json(),
+            "shard_rows": self.shard_rows,
+            "samples": self.samples,
+            "views": list(self.views),
+            "provenance": self.provenance,
+        }
+
+    def dump(self) -> bytes:
+        """The bytes of `plan.json`."""
+        return canonical_json(self.to_json()).encode() + b"\n"
+
+
+def parse_plan(text: bytes, *, where: str) -> Plan:
+    """A plan from the bytes of `plan.json`.
+
+    Raises:
+        CorruptCacheError: not a plan of format 1.
+    """
+    value = load_json(text, where=where)
+    schema = schema_from_json(value, where=where)
+    classes = parse_classes(value.get("classes"), schema, where=where)
+    return Plan(
+        schema, classes, int(value["shard_rows"]), value["samples"], value["provenance"], tuple(value["views"])
+    )
+
+
+def plan_of_manifest(manifest: Manifest, *, samples_known: bool) -> Plan:
+    """The plan that a finished folder was made by."""
+    samples = manifest.samples if samples_known else None
+    return Plan(manifest.schema, manifest.classes, manifest.shard_rows, samples, manifest.provenance, manifest.views)
+
+
+def require_same_plan(found: Plan, wanted: Plan, *, where: str) -> None:
+    """Compares the plan of a dump with the one that a command asks for.
+
+    Raises:
+        MismatchError: naming the first field that differs, with both values.
+    """
+    _require_same(found.to_json(), wanted.to_json(), where=where)
+
+
+def require_same_file(found: FileHeader, wanted: Plan, *, where: str) -> None:
+    """The same for a finished one-file cache, which does not know how it was cut into shards.
+
+    Raises:
+        MismatchError: naming the first field that differs.
+    """
+    as_plan = Plan(
+        found.schema, found.classes, wanted.shard_rows, found.samples, found.provenance, found.views
+    )
+    value = wanted.to_json()
+    if found.classes.names is None:
+        value["classes"] = {**value["classes"], "names": None}
+    _require_same(as_plan.to_json(), value, where=where)
+
+
+def _require_same(found: dict[str, Any], wanted: dict[str, Any], *, where: str) -> None:
+    difference = first_difference(found, wanted)
+    if difference is not None:
+        field, left, right = difference
+        raise MismatchError(
+            f"{where} holds another dump: {field} is {left!r:.200} there and {right!r:.200} in this command. "
+            "Use the same settings to resume, another --out for a new dump, or --overwrite to replace it"
+        )
+
+
+def first_difference(found: Any, wanted: Any, field: str = "") -> tuple[str, Any, Any] | None:
+    """The first field, in sorted order and dotted, in which two JSON values differ, with both values."""
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        for key in sorted(found.keys() | wanted.keys()):
+            inner = first_difference(found.get(key), wanted.get(key), f"{field}.{key}" if field else key)
+            if inner is not None:
+                return inner
+        return None
+    return None if found == wanted else (field, found, wanted)

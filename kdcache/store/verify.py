@@ -1,0 +1,232 @@
+"""`kdcache.verify`: reads every byte of a cache and says what is wrong with it.
+
+Per shard: size, sha256 of the file, digest of everything outside the payload, the strict parse of its
+HDF5 header against the manifest, and the checksum of each row. Over all: the root hash, unique ids, labels
+in range. Damage is collected, not raised, unless asked for.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kdcache.errors import CorruptCacheError, IncompleteCacheError, KDCacheError, MismatchError
+from kdcache.format.checksums import header_digest, row_crcs
+from kdcache.format.hdf5_parser import parse
+from kdcache.format.headers import shard_header
+from kdcache.format.identity import show_id
+from kdcache.format.manifest import ShardRecord
+from kdcache.format.schema import CRC_ARRAY
+from kdcache.store import posix
+from kdcache.store.parts import Catalog, Part, read_catalog
+from kdcache.store.shards import file_sha256, payload_sha256
+
+_BLOCK_BYTES = 8 << 20
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What `verify` found; `problems` is empty for a sound cache.
+
+    Attributes:
+        root: the root hash, None where it could not be read.
+        rows: rows whose checksums were compared.
+        bytes: bytes read.
+        problems: one sentence each, with the file.
+        missing: whether all problems are missing files (exit code 4 instead of 3).
+    """
+
+    root: str | None
+    rows: int
+    bytes: int
+    problems: tuple[str, ...] = ()
+    missing: bool = False
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+    def raise_on_error(self) -> None:
+        """Raises what was found.
+
+        Raises:
+            CorruptCacheError: damage.
+            IncompleteCacheError: nothing worse than missing shards.
+        """
+        if self.problems:
+            kind = IncompleteCacheError if self.missing else CorruptCacheError
+            more = f" (and {len(self.problems) - 1} more)" if len(self.problems) > 1 else ""
+            raise kind(f"{self.problems[0]}{more}")
+
+    def to_json(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {
+            "ok": self.ok,
+            "root": self.root,
+            "rows": self.rows,
+            "bytes": self.bytes,
+            "problems": list(self.problems),
+        }
+
+
+@dataclass
+class _Findings:
+    problems: list[str] = field(default_factory=list)
+    damaged: bool = False
+    rows: int = 0
+    bytes: int = 0
+
+    def add(self, error: KDCacheError) -> None:
+        self.problems.append(str(error))
+        self.damaged |= not isinstance(error, IncompleteCacheError)
+
+
+def verify(
+    path: str | Path,
+    *,
+    raise_on_error: bool = False,
+    expect_root: str | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> VerifyReport:
+    """Re-reads a whole cache.
+
+    Args:
+        path: a folder or a one-file cache.
+        raise_on_error: raise the first problem instead of reporting.
+        expect_root: the root hash it must have.
+        progress: called with the number of bytes after each file.
+
+    Returns:
+        A report; `report.ok` says whether the cache is sound.
+
+    Raises:
+        CorruptCacheError, IncompleteCacheError: with `raise_on_error`.
+        MismatchError: another root hash than `expect_root`.
+    """
+    findings = _Findings()
+    root: str | None = None
+    try:
+        catalog = read_catalog(Path(path))
+    except (CorruptCacheError, IncompleteCacheError) as error:
+        findings.add(error)
+    else:
+        root = catalog.root
+        if expect_root is not None and root != expect_root:
+            raise MismatchError(f"{path} has the root hash {root}, expected {expect_root}; it is another dump")
+        _check_all(catalog, findings, progress)
+    report = VerifyReport(root, findings.rows, findings.bytes, tuple(findings.problems), not findings.damaged)
+    if raise_on_error:
+        report.raise_on_error()
+    return report
+
+
+def _check_all(catalog: Catalog, findings: _Findings, progress: Callable[[int], None] | None) -> None:
+    records = catalog.shards or (None,) * len(catalog.parts)
+    for part, record in zip(catalog.parts, records, strict=True):
+        try:
+            fd, size = posix.open_regular(part.path)
+            try:
+                read = partial(_read, fd, part.path)
+                if record is not None:
+                    _check_shard_file(read, size, part, record, catalog)
+                elif part.view == catalog.views[0]:
+                    _check_payload(read, size, catalog, part)
+                findings.rows += _check_rows(read, part, catalog)
+                findings.bytes += size
+            finally:
+                os.close(fd)
+            if progress is not None:
+                progress(size)
+        except (CorruptCacheError, IncompleteCacheError) as error:
+            findings.add(error)
+    if not findings.problems:
+        _check_ids(catalog, findings)
+
+
+def _check_shard_file(
+    read: Callable[[int, int], bytes], size: int, part: Part, record: ShardRecord, catalog: Catalog
+) -> None:
+    """A shard's bytes against its record, and its own header against what the manifest says of it."""
+    if size != record.size:
+        raise CorruptCacheError(f"{part.path}: {size} bytes, the manifest says {record.size}; truncated or grown")
+    parsed = parse(read, size, name=str(part.path))
+    if parsed.arrays != part.arrays:
+        raise CorruptCacheError(f"{part.path}: its arrays are not where the manifest says")
+    teacher = catalog.provenance.get("teacher", {})
+    expected = shard_header(
+        catalog.schema, catalog.classes, teacher, view=record.view, start=record.start, stop=record.stop
+    )
+    if parsed.attribute != expected:
+        raise CorruptCacheError(f"{part.path}: its header describes another shard than the manifest")
+    if header_digest(read, part.arrays, size) != record.header_blake2b:
+        raise CorruptCacheError(f"{part.path}: bytes outside the payload differ from the manifest's digest")
+    if file_sha256(read, size) != record.sha256:
+        raise CorruptCacheError(f"{part.path}: its sha256 is not the manifest's")
+
+
+def _check_payload(read: Callable[[int, int], bytes], size: int, catalog: Catalog, part: Part) -> None:
+    parsed = parse(read, size, name=str(part.path))
+    if catalog.header is not None and payload_sha256(read, parsed.arrays) != catalog.header.payload_sha256:
+        raise CorruptCacheError(f"{part.path}: the sha256 of its payload is not the one in its header")
+
+
+def _check_rows(read: Callable[[int, int], bytes], part: Part, catalog: Catalog) -> int:
+    step = max(1, _BLOCK_BYTES // catalog.schema.row_bytes)
+    for start in range(0, part.rows, step):
+        stop = min(start + step, part.rows)
+        block = {
+            name: np.frombuffer(
+                read(a.offset + start * a.spec.row_bytes, (stop - start) * a.spec.row_bytes), a.dtype
+            ).reshape(a.spec.shape(stop - start))
+            for name, a in part.arrays.items()
+        }
+        positions = np.arange(part.start + start, part.start + stop)
+        crcs = row_crcs([block[n] for n in catalog.schema.crc_names], view=part.view, positions=positions)
+        bad = np.flatnonzero((crcs != block[CRC_ARRAY]) | (block["view"] != part.view))
+        if bad.size:
+            first = show_id(block["sample_id"][bad[0]])
+            raise CorruptCacheError(
+                f"{part.path}: the checksum of {bad.size} rows does not match, the first is row {start + bad[0]} (sample {first})"
+            )
+        if "label" in block:
+            labels = block["label"]
+            if int(labels.min()) < -1 or int(labels.max()) >= catalog.classes.count:
+                raise CorruptCacheError(f"{part.path}: a label lies outside -1 to {catalog.classes.count - 1}")
+        if catalog.first_id is not None and not bool((block["sample_id"] == catalog.first_id + positions).all()):
+            raise CorruptCacheError(f"{part.path}: sample ids are not the consecutive range that the manifest says")
+    return part.rows
+
+
+def _check_ids(catalog: Catalog, findings: _Findings) -> None:
+    """Every view holds the same ids in the same order, each once."""
+    if catalog.first_id is not None:
+        return
+    reference: np.ndarray | None = None
+    for view in catalog.views:
+        pieces = []
+        for part in (p for p in catalog.parts if p.view == view):
+            fd, _ = posix.open_regular(part.path)
+            try:
+                layout = part.arrays["sample_id"]
+                pieces.append(np.frombuffer(_read(fd, part.path, layout.offset, layout.nbytes), layout.dtype))
+            finally:
+                os.close(fd)
+        ids = np.concatenate(pieces)
+        if reference is None:
+            reference = ids
+            values, counts = np.unique(ids, return_counts=True)
+            if int(counts.max()) > 1:
+                findings.add(CorruptCacheError(f"the sample id {show_id(values[counts.argmax()])} stands twice"))
+        elif not np.array_equal(ids, reference):
+            findings.add(CorruptCacheError(f"view {view} holds other sample ids than view {catalog.views[0]}"))
+
+
+def _read(fd: int, path: Path, offset: int, length: int) -> bytes:
+    return posix.read_exactly(fd, offset, length, path)

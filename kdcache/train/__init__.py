@@ -1,0 +1,1 @@
+"""Training with a cache: joining it to a data set, losses, criteria. torch starts here."""

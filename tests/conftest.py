@@ -1,0 +1,98 @@
+"""Options, markers and the environment that all tests share."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# Before torch is imported anywhere: xdist already uses the cores, and child processes inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+for name in [name for name in os.environ if name.startswith("KDCACHE_") and not name.startswith("KDCACHE_CI_")]:
+    del os.environ[name]  # an option set in somebody's shell must not reach a test
+
+settings.register_profile("kdcache", deadline=None, print_blob=True)  # no wall-clock asserts
+settings.load_profile("kdcache")
+
+STRICT_INTEROP = os.environ.get("KDCACHE_CI_INTEROP") == "1"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="run the tests that take minutes or a second environment")
+    parser.addoption("--bench", action="store_true", help="run the measurements in tests/bench")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        for marker in ("long", "bench"):
+            if item.get_closest_marker(marker) and not config.getoption(f"--{marker}"):
+                item.add_marker(pytest.mark.skip(reason=f"runs with --{marker}"))
+        if item.get_closest_marker("interop"):
+            # Foreign packages warn about their own affairs; our own warnings stay errors in all other tests.
+            item.add_marker(pytest.mark.filterwarnings("default"), append=False)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what cannot run here: `@pytest.mark.interop("datasets", "zarr")` names the packages a test needs."""
+    missing = [
+        str(package)
+        for marker in item.iter_markers("interop")
+        for package in marker.args
+        if importlib.util.find_spec(str(package)) is None
+    ]
+    if missing:
+        pytest.skip(f"needs {', '.join(missing)}: pip install -c constraints.txt -e '.[interop]'")
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
+    """Where CI has installed the extra, a skipped interop test is a failure."""
+    report = (yield).get_result()
+    if STRICT_INTEROP and report.skipped and item.get_closest_marker("interop"):
+        report.outcome = "failed"
+        report.longrepr = f"skipped although the extra `interop` is installed: {report.longrepr}"
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector):
+    """The same for `pytest.importorskip` at the top of a module."""
+    report = (yield).get_result()
+    if STRICT_INTEROP and report.skipped:
+        report.outcome = "failed"
+        report.longrepr = f"skipped although the extra `interop` is installed: {report.longrepr}"
+
+
+def _define_torchvision_operators() -> object | None:
+    """Let torchvision's wheel, which is built for CUDA, import beside the CPU build of torch.
+
+    Its library of compiled operators does not load there, and registering the shapes of two of them then fails. Two
+    empty definitions are enough: no test calls them. Returned, because a `Library` that is collected takes its
+    definitions along.
+    """
+    spec = importlib.util.find_spec("torchvision")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    import torch
+
+    try:
+        for library in Path(spec.submodule_search_locations[0]).glob("_C*.so"):
+            torch.ops.load_library(library)
+    except OSError:
+        stubs = torch.library.Library("torchvision", "FRAGMENT")
+        stubs.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        stubs.define(
+            "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+        )
+        return stubs
+    return None
+
+
+_TORCHVISION_STUBS = _define_torchvision_operators()
