@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import kdcache
@@ -26,4 +27,6 @@ def command(as_json: bool, **options: Any) -> None:
     after an interruption, with the same weights as a run without one.
     """
     result = kdcache.distill(DistillOptions(**options))
-    emit(result.to_json(), as_json=as_json)
+    if os.environ.get("RANK", "0") == "0":  # under torchrun every process comes here
+        summary = {"out": result.out, "steps": result.steps, "last": result.last, "best": result.best}
+        emit(summary, as_json=as_json)

@@ -43,7 +43,7 @@ def row_crcs(arrays: Sequence[np.ndarray], *, view: int, positions: np.ndarray) 
     seeds["view"], seeds["position"] = view, positions
     pieces = [_as_bytes(seeds, rows), *flat]
     buffer = np.empty((step, width), np.uint8)
-    view_of_buffer = memoryview(buffer).cast("B")
+    view_of_buffer = buffer.data.cast("B")
     crc32 = zlib.crc32
     for start in range(0, rows, step):
         count = min(step, rows - start)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 
 from kdcache.errors import UsageError
+from kdcache.stages.choices import AMP
 
-AMP_DTYPES = {"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+AMP_DTYPES = dict(zip(AMP, (torch.float32, torch.bfloat16, torch.float16), strict=True))
 
 
 def autocast(amp: str, device: torch.device) -> torch.autocast:

@@ -75,9 +75,9 @@ def _forward_inputs(model: nn.Module, batch: Mapping[str, Any], what: str) -> di
     ]
     if missing or not offered:
         raise UsageError(
-            f"the {what}'s forward takes {', '.join(p.name for p in parameters) or 'no arguments'}; the items are dicts "
-            f"with {', '.join(map(str, batch)) or 'no keys'}, which lack {', '.join(missing) or 'any of them'}; rename "
-            f"the keys or wrap the model"
+            f"the {what}'s forward takes {', '.join(p.name for p in parameters) or 'no arguments'}; the items are "
+            f"dicts with {', '.join(map(str, batch)) or 'no keys'}, which lack {', '.join(missing) or 'any of them'}; "
+            f"rename the keys or wrap the model"
         )
     return offered
 
@@ -107,9 +107,7 @@ def _pick(output: Any, output_key: str | None, what: str) -> Tensor:
     elif not isinstance(output, Tensor) and hasattr(output, output_key):
         picked = getattr(output, output_key)
     else:
-        raise UsageError(
-            f"the {what} returned {_describe_output(output)}, in which output key {output_key!r} is nothing"
-        )
+        raise UsageError(f"the {what} returned {_describe_output(output)}, which has no {output_key!r} (output_key)")
     if not isinstance(picked, Tensor):
         raise LogitsError(f"the {what}'s output {output_key!r} is {describe(picked)}; expected a tensor")
     return picked

@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from kdcache.errors import DataError, MismatchError, UsageError
 from kdcache.format.identity import ids_sha256
-from kdcache.stages.calls import Batch, call_model, forward_names, take_apart
+from kdcache.stages.batches import Batch, take_apart
+from kdcache.stages.calling import call_model
 from kdcache.stages.data import LoadedData, load_data
 from kdcache.stages.distill_options import DistillOptions
 from kdcache.stages.signals import shield_worker
@@ -100,7 +101,9 @@ def _length(dataset: Any, name: str) -> int:
     try:
         return len(dataset)
     except TypeError:
-        raise DataError(f"the {name} data ({type(dataset).__name__}) has no length; a map-style data set is needed") from None
+        raise DataError(
+            f"the {name} data ({type(dataset).__name__}) has no length; a map-style data set is needed"
+        ) from None
 
 
 def build_loader(source: Source, batch_sampler: Any, options: DistillOptions, generator: torch.Generator) -> Any:
@@ -158,7 +161,7 @@ def open_student(
     student.to(device).eval()
     with torch.no_grad():
         inputs = Batch(example.inputs, None, None).to(device, num_classes=known or 1).inputs
-        width = call_model(student, inputs, forward_names(student)).shape[1]
+        width = call_model(student, inputs, what="student").shape[1]
     if options.init is not None:
         load_weights(student, options.init)
     if source.cache is not None and width != source.cache.num_classes:
@@ -182,6 +185,8 @@ def check_signal(source: Source, options: DistillOptions) -> None:
     if options.hard_targets:
         raise UsageError("--hard-targets needs the teacher's logits; give --cache")
     if options.alpha > 0:
-        raise UsageError(f"--alpha {options.alpha:g} needs the teacher's logits; give --cache, or --alpha 0 for labels only")
+        raise UsageError(
+            f"--alpha {options.alpha:g} needs the teacher's logits; give --cache, or --alpha 0 for labels only"
+        )
     if example_batch(source).labels is None:
         raise UsageError(f"the {source.name} data has no labels and there is no cache: there is nothing to learn from")

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kdcache.errors import UsageError
-from kdcache.stages.amp import AMP_DTYPES
-from kdcache.stages.optim import DEFAULT_LR, DEFAULT_WEIGHT_DECAY, OPTIMIZERS, SCHEDULES
+from kdcache.stages.choices import AMP, DEFAULT_LR, DEFAULT_WEIGHT_DECAY, OPTIMIZERS, SCHEDULES
 
 MISSING = ("error", "ce", "skip")
 CHECKS = ("ids", "sample", "full")
@@ -67,7 +66,7 @@ class DistillOptions:
     weight_decay: float | None = _option(None, f"Weight decay ({DEFAULT_WEIGHT_DECAY}).", group="training")
     schedule: str = _option("cosine", "Course of the learning rate.", group="training", choices=SCHEDULES)
     warmup: int = _option(0, "Steps of linear warm-up.", group="training")
-    amp: str = _option("none", "Mixed precision.", group="training", choices=tuple(AMP_DTYPES))
+    amp: str = _option("none", "Mixed precision.", group="training", choices=AMP)
     seed: int = _option(0, "Seed of initial weights, order and dropout.", group="training")
 
     device: str = _option("auto", "Device: auto, cpu, cuda, cuda:0 ...", group="machine")

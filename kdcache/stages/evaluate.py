@@ -12,12 +12,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kdcache.stages.amp import autocast
-from kdcache.stages.calls import call_model, forward_names, take_apart
+from kdcache.stages.batches import Batch, take_apart
+from kdcache.stages.calling import call_model
 from kdcache.stages.objective import Objective, masked_kl
 from kdcache.stages.parallel import Team
+from kdcache.stages.training import Trainer
 from kdcache.train.losses import cross_entropy
 
 # What `evaluate` counts, in this order.
@@ -30,33 +32,28 @@ def batches_of_rank(positions: np.ndarray, batch_size: int, team: Team) -> list[
     return [share[start : start + batch_size].tolist() for start in range(0, len(share), batch_size)]
 
 
-def evaluate(
-    student: nn.Module, batches: Iterable[Any], objective: Objective, *, has_teacher: bool, amp: str, team: Team
-) -> dict[str, float]:
-    """Metrics over the batches of all ranks; the student is left in training mode as it was.
+def evaluate(trainer: Trainer, batches: Iterable[Any], objective: Objective, *, has_teacher: bool) -> dict[str, float]:
+    """Metrics over the batches of all ranks; the student is left in training mode.
 
     Returns:
         `val_loss` (the training objective), and where rows have a label `val_nll` (nats) and
         `val_accuracy`, where they have a teacher `agreement` (share of rows with the same top class) and
         `teacher_kl` (mean KL(teacher || student) at temperature 1, nats). Dense prediction counts positions.
     """
-    was_training = student.training
-    student.eval()
-    names = forward_names(student)
+    student, team = trainer.student.eval(), trainer.team
     counts = torch.zeros(len(COUNTS), dtype=torch.float32 if team.device.type == "mps" else torch.float64)
     counts = counts.to(team.device)
     with torch.no_grad():
         for collated in batches:
-            batch = take_apart(collated, has_teacher=has_teacher)
-            with autocast(amp, team.device):
-                batch = batch.to(team.device)
-                logits = call_model(student, batch.inputs, names).float()
-            counts += torch.stack(_counts(logits, batch, objective)).to(counts.dtype)
-    student.train(was_training)
+            batch = take_apart(collated, has_teacher=has_teacher).to(team.device, num_classes=trainer.num_classes)
+            with autocast(trainer.amp, team.device):
+                logits = call_model(student, batch.inputs, what="student")
+            counts += torch.stack(_counts(logits.float(), batch, objective)).to(counts.dtype)
+    student.train()
     return _metrics(dict(zip(COUNTS, team.sum(counts).tolist(), strict=True)))
 
 
-def _counts(logits: Tensor, batch: Any, objective: Objective) -> list[Tensor]:
+def _counts(logits: Tensor, batch: Batch, objective: Objective) -> list[Tensor]:
     zero = logits.new_zeros(())
     loss, weight = objective.sums(logits, batch)
     found = [loss, weight, zero, zero, zero, zero, zero, zero]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kdcache.errors import UsageError
-from kdcache.stages.calls import Batch
+from kdcache.stages.batches import Batch
 from kdcache.train.criterion import DistillationLoss
 from kdcache.train.losses import cross_entropy, loss_sums, soft_target_kl
 from kdcache.train.soft_targets import pseudo_labels, teacher_signal

@@ -15,11 +15,7 @@ import torch
 from torch import nn
 
 from kdcache.errors import UsageError
-
-OPTIMIZERS = ("sgd", "adamw")
-SCHEDULES = ("cosine", "constant", "step")
-DEFAULT_LR = {"sgd": 0.1, "adamw": 1e-3}
-DEFAULT_WEIGHT_DECAY = {"sgd": 5e-4, "adamw": 1e-2}
+from kdcache.stages.choices import OPTIMIZERS, SCHEDULES
 
 
 @dataclass(frozen=True)

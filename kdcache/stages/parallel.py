@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kdcache.errors import UsageError
+from kdcache.train.ranks import Ranks, discover
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,14 +95,14 @@ class Team:
 def team(device: str) -> Iterator[Team]:
     """The processes that torchrun started, or this one alone.
 
-    Joins torch.distributed if WORLD_SIZE says that there are several processes and nobody has done so
+    Joins torch.distributed if the environment says that there are several processes and nobody has done so
     (nccl on CUDA, gloo on CPU), and leaves it again. An initialised default group is used as it is.
 
     Args:
         device: `auto` (CUDA if there is one, else CPU), `cpu`, `cuda`, `cuda:1`, `mps` ...
     """
     chosen = choose_device(device)
-    joined = not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    joined = not dist.is_initialized() and _torchrun().world_size > 1
     if joined:
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     try:
@@ -130,9 +131,14 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise UsageError(f"device {name!r} was asked for, but torch finds no CUDA device; use --device cpu")
-        index = int(os.environ.get("LOCAL_RANK", "0")) if device.index is None else device.index
+        index = _torchrun().local_rank if device.index is None else device.index
         if index >= torch.cuda.device_count():
             raise UsageError(f"CUDA device {index} was asked for, but there are {torch.cuda.device_count()}")
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
     return device
+
+
+def _torchrun() -> Ranks:
+    """The ranks of torchrun alone: a batch script of SLURM's has ranks in its environment and is one process."""
+    return discover({name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name in os.environ})

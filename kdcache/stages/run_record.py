@@ -1,11 +1,11 @@
 """The folder of a run and its record: what was asked for, what it was made from, what came out.
 
-    run.json        options as resolved, formula, cache root, data, versions, results; no absolute path,
-                    host or user name, so that it may be published beside the student
-    metrics.jsonl   one object a line
-    best.pt         the student at its best evaluation, a plain state dict (with validation data only)
-    last.pt         the student at the end, likewise
-    resume.pt       while the run is unfinished: all it takes to go on
+run.json        options as resolved, formula, cache root, data, versions, results; no absolute path,
+                host or user name, so that it may be published beside the student
+metrics.jsonl   one object a line
+best.pt         the student at its best evaluation, a plain state dict (with validation data only)
+last.pt         the student at the end, likewise
+resume.pt       while the run is unfinished: all it takes to go on
 """
 
 from __future__ import annotations
@@ -56,7 +56,9 @@ def prepare_folder(out: Path, *, resume: bool, overwrite: bool) -> None:
             for path in [*(out / name for name in RUN_FILES), *events]:
                 path.unlink(missing_ok=True)
     except OSError as error:
-        raise StorageError(f"--out {out.name} cannot be written: {error.strerror or error}; choose another folder") from error
+        raise StorageError(
+            f"--out {out.name} cannot be written: {error.strerror or error}; choose another folder"
+        ) from error
 
 
 def now() -> str:
@@ -77,7 +79,11 @@ def versions() -> dict[str, str]:
 
 def describe_source(source: Source) -> dict[str, Any]:
     """A data set and its cache, for the record."""
-    described: dict[str, Any] = {"rows": len(source.positions), "fingerprint": source.fingerprint, "data": source.provenance}
+    described: dict[str, Any] = {
+        "rows": len(source.positions),
+        "fingerprint": source.fingerprint,
+        "data": source.provenance,
+    }
     if source.cache is not None:
         described["cache"] = {
             "name": source.cache.path.name,
@@ -107,5 +113,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text())
     except ValueError as error:
-        raise KDCacheError(f"{path.name} in {folder.name} is damaged ({error}); start again with --overwrite") from error
+        raise KDCacheError(
+            f"{path.name} in {folder.name} is damaged ({error}); start again with --overwrite"
+        ) from error
     return record if isinstance(record, dict) else {}

@@ -1,22 +1,20 @@
 """Student SPECs: `mlp:784-128-10`, `cnn:SMALL` or `module:factory`.
 
-A student is run once, on one item of the data, before training starts: a width or a class count that does not fit is
-an error then, not after the data has been read.
+The built-in ones are compared with the data and the class count before they are built; what a factory returns is
+judged by its first output, when a run opens it.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils.data import default_collate
 
-from kdcache.errors import KDCacheError, MismatchError, UsageError
-from kdcache.stages.calling import call_model, first_input
+from kdcache.errors import MismatchError, UsageError
 from kdcache.stages.models import CNN, CNN_WIDTHS, MLP
-from kdcache.stages.specs import PYTHON, Spec, SpecKind, call_factory, describe, one_line
+from kdcache.stages.specs import PYTHON, Spec, SpecKind, call_factory, describe
 
 STUDENT = SpecKind("student", {"mlp": "mlp:784-128-10", "cnn": f"cnn:{'|'.join(CNN_WIDTHS)}"})
 
@@ -30,59 +28,31 @@ def load_student(text: str, *, num_classes: int | None, example: Any) -> nn.Modu
         text: `mlp:` with the widths of all layers, `cnn:` with a size, or `module:factory`; a factory is called with
             `num_classes=` if its signature has it.
         num_classes: C of the cache or the data; None where neither knows it.
-        example: one item of the data set, as it returns it.
+        example: inputs of a batch, as a loader collates them: a tensor (N, ...) or a dict. One row is enough.
 
     Raises:
         UsageError: an unknown scheme or size, a factory that returns no `nn.Module`, `num_classes` needed but unknown.
-        MismatchError: the student does not take the example, or has another number of classes.
-        KDCacheError: the factory or the student raised.
+        MismatchError: a built-in student that does not take the example, or has another number of classes.
+        KDCacheError: the factory raised.
     """
     spec = STUDENT.parse(text)
     if spec.scheme == PYTHON:
-        student = _call_student_factory(spec, num_classes)
-    elif spec.scheme == "mlp":
-        student = _build_mlp(spec, num_classes, example)
-    else:
-        student = _build_cnn(spec, num_classes, example)
-    check_student(student, example, num_classes=num_classes)
-    return student
-
-
-def check_student(student: nn.Module, example: Any, *, num_classes: int | None, output_key: str | None = None) -> None:
-    """Runs a student on one item, without gradients and in eval mode, and looks at its output.
-
-    Raises:
-        MismatchError: not (1, C, ...) with C = `num_classes`.
-        KDCacheError: the student raised, or the item cannot be batched.
-    """
-    try:
-        batch = default_collate([example])
-    except (TypeError, RuntimeError) as error:
-        raise KDCacheError(f"an item of the data set cannot be batched: {one_line(error)}") from error
-    was_training = student.training
-    student.eval()
-    try:
-        with torch.no_grad():
-            logits = call_model(student, batch, output_key=output_key, what="student")
-    finally:
-        student.train(was_training)
-    if logits.ndim < 2 or (num_classes is not None and logits.shape[1] != num_classes):
-        expected = "(1, classes, ...)" if num_classes is None else f"(1, {num_classes}, ...): {num_classes} classes"
-        raise MismatchError(
-            f"the student's output for one sample has the shape {tuple(logits.shape)}; expected {expected}. Change the "
-            f"student's last layer"
-        )
+        return _call_student_factory(spec, num_classes)
+    if spec.scheme == "mlp":
+        return _build_mlp(spec, num_classes, example)
+    return _build_cnn(spec, num_classes, example)
 
 
 def _build_mlp(spec: Spec, num_classes: int | None, example: Any) -> nn.Module:
     if not _WIDTHS.fullmatch(spec.rest):
         raise UsageError(f"student SPEC {spec.text!r}: expected all widths, input to classes: {STUDENT.usages['mlp']}")
     widths = [int(width) for width in spec.rest.split("-")]
-    x = _image_or_vector(spec, example)
-    if x.numel() != widths[0]:
+    shape = _input_shape(spec, example)
+    values = math.prod(shape)
+    if values != widths[0]:
         raise MismatchError(
-            f"student {spec.text} takes {widths[0]} values, an input of the data has {x.numel()} {tuple(x.shape)}; use "
-            f"{_mlp_text([x.numel(), *widths[1:]])}"
+            f"student {spec.text} takes {widths[0]} values, an input of the data has {values} {shape}; use "
+            f"{_mlp_text([values, *widths[1:]])}"
         )
     if num_classes is not None and widths[-1] != num_classes:
         raise MismatchError(
@@ -114,14 +84,15 @@ def _build_cnn(spec: Spec, num_classes: int | None, example: Any) -> nn.Module:
     return CNN(spec.rest, in_channels=x.shape[0], num_classes=num_classes, pixels=min(x.shape[1:]))
 
 
-def _image_or_vector(spec: Spec, example: Any) -> Tensor:
-    x = first_input(example)
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        what = f"a tensor of {x.dtype}" if isinstance(x, Tensor) else describe(x)
+def _input_shape(spec: Spec, example: Any) -> tuple[int, ...]:
+    """Shape of one input, without the N."""
+    if not isinstance(example, Tensor) or not example.is_floating_point():
+        what = f"a tensor of {example.dtype}" if isinstance(example, Tensor) else describe(example)
         raise MismatchError(
-            f"student {spec.text} takes float tensors, the data gives {what}; use a student of your own (module:factory)"
+            f"student {spec.text} takes float tensors, the data gives {what}; use a student of your own "
+            f"(module:factory)"
         )
-    return x
+    return tuple(example.shape[1:])
 
 
 def _call_student_factory(spec: Spec, num_classes: int | None) -> nn.Module:

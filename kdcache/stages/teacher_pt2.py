@@ -155,7 +155,7 @@ def _check_batch_dimension(program: torch.export.ExportedProgram) -> int | None:
     dynamic = [size for size in batches if not isinstance(size, int)]
     if not dynamic:
         raise UsageError(
-            f"pt2: the program takes batches of {', '.join(map(str, batches)) or 'no size'} and no other; the last batch "
+            f"pt2: the program takes batches of {', '.join(map(str, batches)) or 'no size'} only, and the last batch "
             f"of a shard is shorter. Export it with dynamic_shapes={{'x': {{0: torch.export.Dim('batch')}}}}"
         )
     limits = [program.range_constraints.get(size.node.expr) for size in dynamic]

@@ -13,7 +13,7 @@ from kdcache.errors import UsageError
 from kdcache.stages import teacher_pt2
 from kdcache.stages.loaded_data import describe_file
 from kdcache.stages.specs import PYTHON, Spec, SpecKind, call_factory, describe
-from kdcache.stages.weights import load_strictly, read_state_dict, state_sha256
+from kdcache.stages.weights import load_weights, state_sha256
 
 TEACHER = SpecKind("teacher", {"pt2": teacher_pt2.USAGE})
 
@@ -64,7 +64,7 @@ def load_teacher(text: str, *, weights: Path | None = None) -> LoadedTeacher:
         provenance = {"spec": f"pt2:{path.name}", "file": describe_file(path)}
         max_batch = module.max_batch
     if weights is not None:
-        load_strictly(module, read_state_dict(weights), name=weights.name)
+        load_weights(module, weights)
         provenance["weights"] = describe_file(weights)
     module.eval().requires_grad_(False)
     provenance["state_sha256"] = state_sha256(module)

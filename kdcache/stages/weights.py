@@ -17,6 +17,16 @@ from kdcache.stages.specs import describe, one_line
 _SHOWN = 5
 
 
+def load_weights(module: nn.Module, path: Path) -> None:
+    """Fills a module from a `.safetensors`, `.pt` or `.pth` state dict, strictly.
+
+    Raises:
+        UsageError, DataError, MissingExtraError: as in `read_state_dict`.
+        MismatchError: as in `load_strictly`.
+    """
+    load_strictly(module, read_state_dict(path), name=path.name)
+
+
 def read_state_dict(path: Path) -> dict[str, Tensor]:
     """The tensors in a `.safetensors`, `.pt` or `.pth` file, on the CPU.
 
@@ -36,11 +46,11 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         found = torch.load(path, map_location="cpu", weights_only=True)
     # A refused pickle, a damaged zip and a text file each raise a type of their own, some of them from C++.
     except Exception as error:
-        if "weights_only" in str(error).lower() or "weights only" in str(error).lower():
+        if type(error).__name__ == "UnpicklingError":
             raise UsageError(
-                f"weights file {path.name} holds pickled objects, not only tensors; kdcache never unpickles, since that "
-                f"runs code from the file. Save with torch.save(model.state_dict(), ...) and give the module as "
-                f"module:factory"
+                f"weights file {path.name} holds pickled objects, not only tensors (or is damaged); kdcache never "
+                f"unpickles, since that runs code from the file. Save with torch.save(model.state_dict(), ...) and "
+                f"give the module as module:factory"
             ) from error
         raise DataError(f"weights file {path.name} cannot be read: {one_line(error)}") from error
     return _check_state_dict(found, path.name)

@@ -52,7 +52,7 @@ class Region:
         self.address = _mmap(None, self._length, 0, flags, -1, 0)
         buffer = (ctypes.c_char * self._length).from_address(self.address)
         weakref.finalize(buffer, _libc.munmap, self.address, self._length)
-        self.array: np.ndarray = np.frombuffer(buffer, dtype, rows * self.row_bytes // np.dtype(dtype).itemsize).reshape(
+        self.array: np.ndarray = np.frombuffer(memoryview(buffer).cast("B"), dtype, rows * self.row_bytes // np.dtype(dtype).itemsize).reshape(
             rows, *row_shape
         )
         self.array.flags.writeable = False
@@ -130,7 +130,7 @@ class PreadRegion:
 
     def take(self, rows: np.ndarray, out: np.ndarray) -> None:
         """Copies the grid rows `rows` (n,) into `out` (n, ...), which is C-contiguous."""
-        target = memoryview(out.reshape(-1).view(np.uint8))
+        target = out.reshape(-1).view(np.uint8).data
         width = self.row_bytes
         for i, row in enumerate(rows.tolist()):
             part = bisect.bisect_right(self._starts, row) - 1

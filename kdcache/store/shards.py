@@ -89,7 +89,7 @@ class ContainerWriter:
                 data = np.ascontiguousarray(full[name], layout.dtype)
                 if data.shape != layout.spec.shape(count):
                     raise AssertionError(f"array {name} has shape {data.shape}, not {layout.spec.shape(count)}")
-                raw = memoryview(data.reshape(-1).view(np.uint8))
+                raw = data.reshape(-1).view(np.uint8).data
                 if layout is self._first:
                     self._hash.update(raw)
                 posix.pwrite_all(self._fd, raw, layout.offset + self._written * layout.spec.row_bytes)

@@ -110,13 +110,16 @@ def _structural(dataset: Any) -> tuple[np.ndarray, np.ndarray]:
 
 def _wrapped(dataset: Any) -> str | None:
     """The attribute in which a wrapper holds another data set, or several."""
-    if hasattr(getattr(dataset, "dataset", None), "__getitem__"):
-        return "dataset"
     for name, value in getattr(dataset, "__dict__", {}).items():
         values = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
-        if isinstance(value, Dataset) or any(isinstance(inner, Dataset) for inner in values):
+        if _is_dataset(value) or any(_is_dataset(inner) for inner in values):
             return str(name)
     return None
+
+
+def _is_dataset(value: Any) -> bool:
+    """A data set of torch, or one of Hugging Face, which does not derive from torch's."""
+    return isinstance(value, Dataset) or (hasattr(value, "column_names") and hasattr(value, "set_format"))
 
 
 def _check_parts(ids: np.ndarray, owners: np.ndarray) -> None:
@@ -127,9 +130,10 @@ def _check_parts(ids: np.ndarray, owners: np.ndarray) -> None:
     same = ids[order][1:] == ids[order][:-1]
     clash = order[1:][same & (owners[order][1:] != owners[order][:-1])]
     if len(clash):
+        shared = np.unique(ids[clash])
         raise DataError(
-            f"the parts of a ConcatDataset share {len(np.unique(ids[clash]))} sample ids ({show_ids(np.unique(ids[clash])[:6])}): "
-            f"{_WAY_OUT} that tells them apart, as in the dump"
+            f"the parts of a ConcatDataset share {len(shared)} sample ids ({show_ids(shared[:6])}): {_WAY_OUT}, "
+            "that tells the parts apart as the dump did"
         )
 
 

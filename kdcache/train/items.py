@@ -48,9 +48,7 @@ def label_of(item: Any) -> Any | None:
     """
     if isinstance(item, Mapping):
         return next((item[key] for key in LABEL_KEYS if key in item), None)
-    if isinstance(item, (tuple, list)):
-        return item[1] if len(item) > 1 else None
-    return item.label if hasattr(item, "label") else None
+    return item[1] if isinstance(item, (tuple, list)) and len(item) > 1 else None
 
 
 def with_part(item: Any, part: Any, *, key: str) -> Any:
@@ -68,6 +66,25 @@ def with_part(item: Any, part: Any, *, key: str) -> Any:
         return [*item, part]
     if isinstance(item, Mapping):
         if key in item:
-            raise DataError(f"the data set's items have a key {key!r} already, which kdcache would overwrite: rename it")
+            raise DataError(
+                f"the data set's items have a key {key!r} already, which kdcache would overwrite: rename it"
+            )
         return {**item, key: part}
     return (item, part)
+
+
+def load_items(dataset: Any, indices: list[int]) -> list[Any]:
+    """Items by index, through the data set's own `__getitems__` where it has one.
+
+    Raises:
+        DataError: `__getitems__` returned another number of items.
+    """
+    if not callable(getattr(dataset, "__getitems__", None)):
+        return [dataset[index] for index in indices]
+    items = dataset.__getitems__(indices)
+    if not isinstance(items, (list, tuple)) or len(items) != len(indices):
+        raise DataError(
+            f"{type(dataset).__name__}.__getitems__ returned {type(items).__name__} for {len(indices)} indices, "
+            "expected a list of as many items"
+        )
+    return list(items)

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tracemalloc
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def assert_promises(layout: FileLayout, specs: list[ArraySpec], rows: int) -> No
         assert array.offset % (65_536 if stored >= 1 << 20 else 8) == 0
         spans.append((array.offset, array.offset + stored))
     spans.sort()
-    assert all(before[1] <= after[0] for before, after in zip(spans, spans[1:], strict=False))
+    assert all(before[1] <= after[0] for before, after in pairwise(spans))
     assert spans[0][0] == 0
     assert spans[-1][1] <= layout.size
 

@@ -1,24 +1,17 @@
-"""How an item of a data set meets a model: the call convention that precompute and distill share.
-
-`model(item[0])` for tuple items, `model(**inputs)` with the keys that `forward` takes for dict items,
-`model(item)` for bare ones; the output is a tensor or has `.logits`.
-"""
+"""A training batch taken apart: inputs, labels, teacher rows, whatever shape the data set's items have."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from kdcache.errors import DataError, UsageError
+from kdcache.errors import DataError
 from kdcache.store.rows import TeacherRows
-
-LABEL_KEYS = ("label", "labels")
-TEACHER_KEY = "teacher"
+from kdcache.train.items import LABEL_KEYS, TEACHER_KEY, first_input, label_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,52 +61,26 @@ def take_apart(batch: Any, *, has_teacher: bool) -> Batch:
     """
     if isinstance(batch, Mapping):
         teacher = batch.get(TEACHER_KEY) if has_teacher else None
-        labels = next((batch[key] for key in LABEL_KEYS if key in batch), None)
         inputs: Any = {key: value for key, value in batch.items() if key not in (*LABEL_KEYS, TEACHER_KEY)}
-        return Batch(inputs, _checked_labels(labels), teacher)
+        return Batch(inputs, _checked_labels(label_of(batch)), teacher)
     if not isinstance(batch, (tuple, list)):
         return Batch(batch, None, None)
     *parts, teacher = batch if has_teacher else (*batch, None)
-    return Batch(parts[0], _checked_labels(parts[1] if len(parts) > 1 else None), teacher)
+    return Batch(first_input(parts), _checked_labels(label_of(parts)), teacher)
 
 
 def _checked_labels(labels: Any) -> Tensor | None:
     if labels is None:
         return None
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+    if (
+        not isinstance(labels, Tensor)
+        or labels.is_floating_point()
+        or labels.is_complex()
+        or labels.dtype == torch.bool
+    ):
         found = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
         raise DataError(f"labels must be integers (-1 where a row has none), found {found}")
     return labels.long()
-
-
-def call_model(model: nn.Module, inputs: Any, names: frozenset[str] | None) -> Tensor:
-    """The logits (N, C, ...) of a batch.
-
-    Args:
-        model: called with a tensor, or with keyword arguments for a dict.
-        inputs: as `take_apart` gives them.
-        names: of the arguments that `forward` takes (from `forward_names`), None for any.
-
-    Raises:
-        UsageError: the output is no tensor of rank 2 or more and has no `.logits`.
-    """
-    if isinstance(inputs, dict):
-        output = model(**{key: value for key, value in inputs.items() if names is None or key in names})
-    else:
-        output = model(inputs)
-    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-    if not isinstance(logits, Tensor) or logits.ndim < 2:
-        found = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(output).__name__}"
-        raise UsageError(f"the model must return logits (N, C, ...), or an object with .logits; found {found}")
-    return logits
-
-
-def forward_names(model: nn.Module) -> frozenset[str] | None:
-    """The keyword arguments that `model.forward` takes; None if it takes any (`**kwargs`)."""
-    parameters = inspect.signature(model.forward).parameters.values()
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return None
-    return frozenset(parameter.name for parameter in parameters if parameter.kind is not parameter.POSITIONAL_ONLY)
 
 
 def _to(value: Any, device: torch.device) -> Any:

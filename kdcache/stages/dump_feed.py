@@ -1,0 +1,172 @@
+"""What a dump reads: items with their labels and digests, in batches that never cross a shard's border.
+
+One DataLoader serves a whole run. Its batch sampler takes the next free shard only when it needs one, so
+processes share the work without talking, and a kill costs the shards whose batches were under way.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+
+from kdcache.errors import DataError, KDCacheError
+from kdcache.format.identity import input_digest, show_id
+from kdcache.stages.calling import NOT_INPUTS
+from kdcache.stages.signals import shield_worker
+from kdcache.train.items import first_input, label_of
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A shard in hand: number `index` of `view`, samples [start, stop)."""
+
+    view: int
+    index: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, eq=False)
+class Fed:
+    """A batch: collated inputs of the teacher, labels (N,) int64 (None: the data has none), digests (N,) uint64."""
+
+    inputs: Any
+    labels: np.ndarray | None
+    digests: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """An exception of an item, carried as plain text: torch would wrap its message in a traceback."""
+
+    kind: type[KDCacheError]
+    message: str
+
+
+class DumpItems(Dataset[Any]):
+    """Items (input after the teacher's transform, label or None, digest) of the samples of a dump.
+
+    Args:
+        dataset: the user's.
+        sample_ids: (N,) to name a sample in an error.
+        transform: from the data set's input to the teacher's; None leaves it.
+    """
+
+    def __init__(self, dataset: Any, sample_ids: np.ndarray, transform: Callable[[Any], Any] | None) -> None:
+        self._dataset = dataset
+        self._sample_ids = sample_ids
+        self._transform = transform
+
+    def __len__(self) -> int:
+        return len(self._sample_ids)
+
+    def __getitem__(self, index: int) -> Any:
+        return self._guarded(index, lambda: self._dataset[index])
+
+    def __getitems__(self, indices: list[int]) -> list[Any]:
+        if not hasattr(self._dataset, "__getitems__"):
+            return [self[index] for index in indices]
+        try:
+            items = self._dataset.__getitems__(indices)
+        except Exception as error:  # noqa: BLE001  whatever a user's data set raises is reported, never swallowed
+            return [_failure(error, self._sample_ids[indices[0]])]
+        return [self._guarded(index, lambda item=item: item) for index, item in zip(indices, items, strict=True)]
+
+    def _guarded(self, index: int, load: Callable[[], Any]) -> Any:
+        try:
+            item = load()
+            digest = input_digest(first_input(item))
+            return self._teacher_input(item), plain_label(label_of(item)), digest
+        except Exception as error:  # noqa: BLE001  as above
+            return _failure(error, self._sample_ids[index])
+
+    def _teacher_input(self, item: Any) -> Any:
+        if isinstance(item, dict):
+            inputs = {k: v for k, v in item.items() if k not in NOT_INPUTS and not isinstance(v, (str, bytes))}
+            return inputs if self._transform is None else self._transform(inputs)
+        value = first_input(item)
+        return value if self._transform is None else self._transform(value)
+
+
+class ShardBatches(Sampler[list[int]]):
+    """Batches of indices, shard by shard, of the shards that `claim` gives until it gives None."""
+
+    def __init__(self, claim: Callable[[], Claim | None], batch_size: int) -> None:
+        self._claim = claim
+        self._batch_size = batch_size
+        self.under_way: deque[tuple[Claim, int, int]] = deque()
+
+    def __iter__(self) -> Iterator[list[int]]:
+        while (claim := self._claim()) is not None:
+            for start in range(claim.start, claim.stop, self._batch_size):
+                stop = min(start + self._batch_size, claim.stop)
+                self.under_way.append((claim, start, stop))
+                yield list(range(start, stop))
+
+
+def batches(
+    items: DumpItems, sampler: ShardBatches, *, workers: int, pin_memory: bool
+) -> Iterator[tuple[Claim, int, int, Fed]]:
+    """(shard, first position, position behind the last, batch), in the order the sampler made them.
+
+    Raises:
+        DataError: the data set raised, or its items cannot be collated; the message names the sample.
+    """
+    loader: DataLoader[Any] = DataLoader(
+        items,
+        batch_sampler=sampler,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=pin_memory,
+        worker_init_fn=shield_worker if workers else None,
+    )
+    for fed in loader:
+        claim, start, stop = sampler.under_way.popleft()
+        if isinstance(fed, _Failure):
+            raise fed.kind(fed.message)
+        inputs, labels, digests = fed
+        yield claim, start, stop, Fed(inputs, labels, np.asarray(digests, np.uint64))
+
+
+def collate(items: list[Any]) -> Any:
+    """Stacks inputs; labels and digests become arrays. The first failure wins."""
+    failed = next((item for item in items if isinstance(item, _Failure)), None)
+    if failed is not None:
+        return failed
+    inputs, labels, digests = zip(*items, strict=True)
+    try:
+        stacked = default_collate(list(inputs))
+    except (TypeError, RuntimeError) as error:
+        first = inputs[0]
+        return _Failure(
+            DataError,
+            f"the teacher's inputs cannot be stacked into a batch ({type(first).__name__}: {str(error).splitlines()[0]}); "
+            "give the teacher a transform that makes tensors of one shape, or use --batch-size 1",
+        )
+    known = [label for label in labels if label is not None]
+    stored = None if not known else np.array([-1 if label is None else label for label in labels], np.int64)
+    return stacked, stored, np.array(digests, np.uint64)
+
+
+def plain_label(value: Any) -> int | None:
+    """A class label as an int; None where there is none or it is a map (dense prediction keeps those itself)."""
+    if value is None:
+        return None
+    if hasattr(value, "ndim") and value.ndim > 0:
+        return None
+    plain = value.item() if hasattr(value, "item") else value
+    if isinstance(plain, bool) or not isinstance(plain, int):
+        raise DataError(f"a label must be an integer class (-1 for none), found {type(plain).__name__} {plain!r:.50}")
+    return plain
+
+
+def _failure(error: Exception, sample_id: Any) -> _Failure:
+    text = str(error) or type(error).__name__
+    if isinstance(error, KDCacheError):
+        return _Failure(type(error), f"sample {show_id(sample_id)}: {text}")
+    return _Failure(DataError, f"the data set failed at sample {show_id(sample_id)}: {type(error).__name__}: {text}")

@@ -1,0 +1,156 @@
+"""What a dump writes: a background thread takes encoded batches and publishes shards.
+
+The queue is short (4 batches), so memory does not grow with the data, and the forward pass of the next
+batch overlaps with the checksums, hashes and writes of the last (which release the interpreter's lock).
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from kdcache.errors import LogitsError
+from kdcache.format.identity import show_id
+from kdcache.stages.dump_feed import Claim
+from kdcache.store.dump import DumpFolder
+from kdcache.store.shards import ContainerWriter
+from kdcache.store.writer import check_labels, consecutive, fit_ids
+from kdcache.train.encode import EncodedTensors
+
+_QUEUE_BATCHES = 4
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedBatch:
+    """Rows [start, stop) of a shard on their way from the device; `ready` is what to wait for (CUDA)."""
+
+    claim: Claim
+    start: int
+    stop: int
+    encoded: EncodedTensors
+    labels: np.ndarray | None
+    digests: np.ndarray
+    ready: torch.cuda.Event | None
+
+
+class ShardSink:
+    """The writing side of one process's dump.
+
+    Args:
+        dump: the folder.
+        sample_ids: (N,) ids of all samples.
+        on_rows: called with the number of rows after each batch is written.
+    """
+
+    def __init__(self, dump: DumpFolder, sample_ids: np.ndarray, on_rows: Callable[[int], None]) -> None:
+        self._dump = dump
+        self._sample_ids = fit_ids(sample_ids, dump.plan.schema)
+        self._on_rows = on_rows
+        self._queue: queue.Queue[EncodedBatch | None] = queue.Queue(_QUEUE_BATCHES)
+        self._error: BaseException | None = None
+        self._dropped = False
+        self._container: ContainerWriter | None = None
+        self._thread = threading.Thread(target=self._work, name="kdcache-sink", daemon=True)
+        self._thread.start()
+
+    def put(self, batch: EncodedBatch) -> None:
+        """Hands a batch over; waits while the queue is full.
+
+        Raises:
+            KDCacheError: what went wrong with an earlier batch.
+        """
+        self._raise()
+        self._queue.put(batch)
+
+    def close(self) -> None:
+        """Waits until everything is published.
+
+        Raises:
+            KDCacheError: what went wrong with a batch.
+        """
+        self._queue.put(None)
+        self._thread.join()
+        self._raise()
+
+    def drop(self) -> None:
+        """Stops without publishing the shard in hand; never raises."""
+        self._dropped = True
+        self._queue.put(None)
+        self._thread.join()
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _work(self) -> None:
+        while (batch := self._queue.get()) is not None:
+            if self._error is not None or self._dropped:
+                continue  # keep emptying the queue, so that `put` never waits for ever
+            try:
+                self._write(batch)
+            except BaseException as error:  # noqa: BLE001  handed to the main thread by `put` or `close`
+                self._error = error
+                self._abandon()
+        self._abandon()
+
+    def _write(self, batch: EncodedBatch) -> None:
+        if batch.ready is not None:
+            batch.ready.synchronize()
+        ids = self._sample_ids[batch.start : batch.stop]
+        bad = np.flatnonzero(batch.encoded.bad.numpy())
+        if bad.size:
+            raise LogitsError(
+                f"the teacher's logits for sample {show_id(ids[bad[0]])} hold NaN, +inf or -inf alone; check its input "
+                "and weights, or try --amp none. Nothing of this shard was stored"
+            )
+        claim, schema = batch.claim, self._dump.plan.schema
+        if self._container is None:
+            self._container = self._dump.container(claim.view, claim.index, claim.start, claim.stop)
+        rows: dict[str, np.ndarray] = {n: t.numpy() for n, t in batch.encoded.arrays.items()}
+        rows["sample_id"] = ids
+        if schema.has_labels:
+            labels = check_labels(batch.labels, ids, schema.encoding.num_classes)
+            rows["label"] = np.full(len(ids), -1, np.int64) if labels is None else labels
+        if schema.has_digests:
+            rows["input_digest"] = batch.digests
+        positions = np.arange(batch.start, batch.stop)
+        clamped = int(batch.encoded.clamped)
+        self._container.append(rows, view=claim.view, positions=positions, clamped=clamped)
+        self._on_rows(len(ids))
+        if batch.stop == claim.stop:
+            self._publish(claim)
+
+    def _publish(self, claim: Claim) -> None:
+        if self._container is None:
+            return
+        ids = consecutive(self._sample_ids[claim.start : claim.stop])
+        record = self._container.record(view=claim.view, start=claim.start, ids=ids)
+        self._dump.commit(self._container, record, claim.index)
+        self._container = None
+        self._dump.release(claim.view, claim.index)
+
+    def _abandon(self) -> None:
+        if self._container is not None:
+            self._container.abandon()
+            self._container = None
+
+
+def to_host(encoded: EncodedTensors) -> tuple[EncodedTensors, Any]:
+    """Starts copies to pinned memory without waiting; returns them and the event to wait for (None on a CPU)."""
+    if encoded.bad.device.type != "cuda":
+        on_cpu = EncodedTensors({n: t.cpu() for n, t in encoded.arrays.items()}, encoded.bad.cpu(), encoded.clamped.cpu())
+        return on_cpu, None
+
+    def copy(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+
+    copies = EncodedTensors({n: copy(t) for n, t in encoded.arrays.items()}, copy(encoded.bad), copy(encoded.clamped))
+    event = torch.cuda.Event()
+    event.record()
+    return copies, event

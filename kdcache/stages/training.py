@@ -1,0 +1,139 @@
+"""One optimiser step over a global batch, and what a run carries from step to step.
+
+One step: take this rank's pieces of the batch forward and backward, sum gradients and denominators over
+ranks, divide once, update. So the loss is the mean over the whole batch (design, section 7), whatever
+the number of ranks and pieces, and a loop written by hand over the same rows gets the same weights bit
+for bit. Nothing in a step waits for a GPU: losses stay on the device until a line of metrics is due.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdcache.errors import KDCacheError
+from kdcache.stages.amp import autocast
+from kdcache.stages.batches import take_apart
+from kdcache.stages.calling import call_model
+from kdcache.stages.objective import Objective
+from kdcache.stages.optim import Schedule, set_lr
+from kdcache.stages.order import Order
+from kdcache.stages.parallel import Team
+
+
+@dataclass(frozen=True, eq=False)
+class Trainer:
+    """What a step needs and does not replace (the modules' own tensors change in place).
+
+    Attributes:
+        student: in training mode, on the team's device.
+        num_classes: its width.
+        parameters: the trainable ones.
+        optimizer: over them.
+        scaler: of the loss, for fp16.
+        schedule: of the learning rate.
+        objective: the loss.
+        order: which rows make a step.
+        team: the processes that share it.
+        amp: none, bf16 or fp16.
+        clip_norm: largest L2 norm of a step's gradient, None = any.
+        has_teacher: whether batches end in teacher rows.
+    """
+
+    student: nn.Module
+    num_classes: int
+    parameters: Sequence[nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    schedule: Schedule
+    objective: Objective
+    order: Order
+    team: Team
+    amp: str
+    clip_norm: float | None
+    has_teacher: bool
+
+
+@dataclass
+class State:
+    """What changes from step to step outside of the student and its optimiser.
+
+    `window` holds the loss's numerator and denominator (2,) of each step since the last line of metrics,
+    on the device; `window_rows` and `window_seconds` go with it.
+    """
+
+    step: int = 0
+    seconds: float = 0.0
+    signal_rows: float = 0.0
+    window: list[Tensor] = field(default_factory=list)
+    window_rows: int = 0
+    window_seconds: float = 0.0
+    last: dict[str, float] = field(default_factory=dict)
+    best: dict[str, float] = field(default_factory=dict)
+
+
+def take_step(trainer: Trainer, batches: Iterator[Any], step: int, *, with_parts: bool) -> tuple[Tensor, Tensor | None]:
+    """One update of the student.
+
+    Args:
+        trainer: the run.
+        batches: yields this rank's pieces of the step, in order.
+        step: its number, from 0.
+        with_parts: also compute the loss's terms apart, for a line of metrics.
+
+    Returns:
+        (2,) numerator and denominator of the loss over the global batch, and (4,) what `Objective.parts`
+        gives, or None.
+    """
+    order, optimizer, device = trainer.order, trainer.optimizer, trainer.team.device
+    set_lr(optimizer, trainer.schedule.at(step))
+    optimizer.zero_grad(set_to_none=True)
+    rows = len(order.rows(step))
+    sums, parts = torch.zeros(2, device=device), torch.zeros(4, device=device)
+    for _ in order.pieces(step):
+        batch = take_apart(next(batches), has_teacher=trainer.has_teacher).to(device, num_classes=trainer.num_classes)
+        with autocast(trainer.amp, device):
+            logits = call_model(trainer.student, batch.inputs, what="student")
+        numerator, denominator = trainer.objective.sums(logits, batch)
+        # Dividing by the rows of the step here keeps fp16 gradients in range, and is already the mean
+        # where every row counts; what is missing to the true denominator follows below.
+        trainer.scaler.scale(numerator / rows).backward()  # type: ignore[no-untyped-call]
+        sums += torch.stack((numerator.detach(), denominator)).to(sums.dtype)
+        if with_parts:
+            parts += trainer.objective.parts(logits.detach(), batch)
+    trainer.team.sum(sums)
+    trainer.team.sum_gradients(trainer.parameters)
+    trainer.scaler.unscale_(optimizer)
+    # Every row counted: exactly 1. None did: any finite factor, the gradients are 0.
+    factor = rows / sums[1].clamp(min=1.0)
+    grads = [parameter.grad for parameter in trainer.parameters if parameter.grad is not None]
+    if grads:
+        torch._foreach_mul_(grads, factor)
+        if trainer.clip_norm is not None:
+            nn.utils.clip_grad_norm_(trainer.parameters, trainer.clip_norm)
+        trainer.scaler.step(optimizer)
+        trainer.scaler.update()
+    return sums, trainer.team.sum(parts) if with_parts else None
+
+
+def fetch_window(state: State) -> Tensor:
+    """The window's sums on the CPU: (steps, 2) float64. The one place where a run waits for a GPU.
+
+    Raises:
+        KDCacheError: a loss was NaN or infinite; the message names the step.
+    """
+    if not state.window:
+        return torch.zeros(0, 2, dtype=torch.float64)
+    sums = torch.stack(state.window).cpu().double()
+    bad = torch.nonzero(~torch.isfinite(sums[:, 0]))
+    if len(bad):
+        step = state.step - len(sums) + int(bad[0]) + 1
+        raise KDCacheError(
+            f"the loss is not finite at step {step}: training diverged. Try a lower --lr, a --warmup, --clip-norm 1, or "
+            "--amp bf16 instead of fp16; the last checkpoint is from before this step and was left as it is"
+        )
+    return sums

@@ -1,0 +1,40 @@
+"""`kdcache merge`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+import kdcache
+
+
+def test_one_file_holds_the_rows_of_the_folder(run, folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "teacher.h5"
+    result = run("merge", folder, out, "--json")
+    assert result.exit_code == 0
+    assert json.loads(result.stdout) == {
+        "path": str(out),
+        "bytes": out.stat().st_size,
+        "root": kdcache.open(out).root,
+    }
+    rows = np.arange(100)
+    np.testing.assert_array_equal(
+        kdcache.open(out).gather(rows).dense(),
+        kdcache.open(folder).gather(rows).dense(),
+    )
+
+
+def test_an_existing_file_is_replaced_only_when_asked_for(run, folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "teacher.h5"
+    out.write_text("mine")
+    assert run("merge", folder, out).exit_code == 2
+    assert out.read_text() == "mine"
+    assert run("merge", folder, out, "--overwrite").exit_code == 0
+
+
+def test_a_damaged_row_leaves_no_file(run, folder: Path, shard: Path, tmp_path: Path) -> None:
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\xff")
+    assert run("merge", folder, tmp_path / "teacher.h5").exit_code == 3
+    assert not (tmp_path / "teacher.h5").exists()
