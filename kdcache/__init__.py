@@ -42,8 +42,8 @@ if TYPE_CHECKING:
     from kdcache.train import losses
     from kdcache.train.attach import attach
     from kdcache.train.criterion import DistillationLoss
-    from kdcache.train.ids import with_ids
     from kdcache.train.join import join
+    from kdcache.train.with_ids import with_ids
 
 __all__ = [
     "Cache",
@@ -91,7 +91,7 @@ _HOMES = {
     "open": "kdcache.store.cache",
     "precompute": "kdcache.stages.precompute",
     "verify": "kdcache.store.verify",
-    "with_ids": "kdcache.train.ids",
+    "with_ids": "kdcache.train.with_ids",
     "write_card": "kdcache.store.card",
 }
 

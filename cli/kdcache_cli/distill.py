@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import kdcache
 from kdcache.stages.distill_options import DistillOptions
 from kdcache_cli.command import define
-from kdcache_cli.output import emit
+from kdcache_cli.output import emit, is_first_process
 
 
 @define(
@@ -27,6 +26,6 @@ def command(as_json: bool, **options: Any) -> None:
     after an interruption, with the same weights as a run without one.
     """
     result = kdcache.distill(DistillOptions(**options))
-    if os.environ.get("RANK", "0") == "0":  # under torchrun every process comes here
+    if is_first_process():
         summary = {"out": result.out, "steps": result.steps, "last": result.last, "best": result.best}
         emit(summary, as_json=as_json)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,11 @@ def emit(result: Mapping[str, Any], *, as_json: bool, text: str | None = None) -
         click.echo(to_json(result))
     else:
         click.echo(text if text is not None else "\n".join(to_lines(result)))
+
+
+def is_first_process() -> bool:
+    """Whether this process prints: under torchrun every rank runs the whole command."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def to_json(value: Any) -> str:

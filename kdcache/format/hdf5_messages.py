@@ -20,6 +20,8 @@ NO_DENSE_STORAGE = b"\0\0" + b"\xff" * 16  # Link Info and Attribute Info: versi
 GROUP_INFO_BODY = bytes.fromhex("0001 2000 1f00")  # version, flags, compact up to 32 links, dense from 31 downwards
 LARGE_ARRAY_BYTES = 1 << 20
 LARGE_ALIGNMENT = 65_536
+PAGED_ARRAY_BYTES = 1 << 14
+PAGE_ALIGNMENT = 4096
 MAX_ATTRIBUTE_BYTES = 60_000  # HDF5 moves attributes of 64 KiB and more to dense storage
 MAX_ROW_DIMENSIONS = 7
 ATTRIBUTE_NAME = "kdcache"
@@ -200,8 +202,13 @@ def stored_bytes(shape: tuple[int, ...], chunk_rows: int, item_bytes: int) -> in
 
 
 def alignment(length: int) -> int:
-    """Format 1's promise: arrays of 1 MiB and more start at multiples of 65,536 bytes, others of 8."""
-    return LARGE_ALIGNMENT if length >= LARGE_ARRAY_BYTES else 8
+    """Where an array of `length` stored bytes may start: multiples of 65,536 from 1 MiB on, of 4,096 from 16 KiB on.
+
+    An array that starts on a page can be mapped; smaller ones (multiples of 8) are copied when a shard is opened.
+    """
+    if length >= LARGE_ARRAY_BYTES:
+        return LARGE_ALIGNMENT
+    return PAGE_ALIGNMENT if length >= PAGED_ARRAY_BYTES else 8
 
 
 def item_bytes_of(dtype: str) -> int:

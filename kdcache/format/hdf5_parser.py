@@ -68,12 +68,17 @@ def parse(read: Callable[[int, int], bytes], size: int, *, name: str) -> ParsedF
         CorruptCacheError: The file is not, byte by byte, of the form that kdcache writes.
     """
     try:
-        return _Parser(read, size).parse()
+        return examine(read, size)
     except Refusal as refusal:
         raise CorruptCacheError(
             f"{name}: {refusal}. Expected an HDF5 file as kdcache writes it (docs/format.md); nothing of it was "
             "used. Fetch or copy it again, and compare its sha256 with the manifest of where it came from."
         ) from None
+
+
+def examine(read: Callable[[int, int], bytes], size: int) -> ParsedFile:
+    """`parse` for our own header builder: raises Refusal, which names the reason alone."""
+    return _Parser(read, size).parse()
 
 
 class _Parser:

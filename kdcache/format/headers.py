@@ -74,7 +74,8 @@ class FileHeader:
             if len(text) <= MAX_HEADER_BYTES:
                 return text
         raise UsageError(
-            f"the provenance needs {len(text)} bytes, a one-file cache has room for {MAX_HEADER_BYTES}; keep a folder cache"
+            f"the provenance needs {len(text)} bytes, a one-file cache has room for {MAX_HEADER_BYTES}; "
+            "keep a folder cache"
         )
 
 

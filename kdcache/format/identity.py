@@ -113,7 +113,9 @@ def input_digest(value: Any) -> int:
     if array.dtype.kind not in "biufc":
         raise DataError(f"an input digest needs numbers, found {type(value).__name__} of {array.dtype}")
     head = f"{array.dtype.newbyteorder('<').str}{np.shape(value)}".encode()
-    return int.from_bytes(hashlib.blake2b(array.tobytes(), digest_size=8, key=hashlib.sha256(head).digest()).digest(), "little")
+    return int.from_bytes(
+        hashlib.blake2b(array.tobytes(), digest_size=8, key=hashlib.sha256(head).digest()).digest(), "little"
+    )
 
 
 def canonical_json(value: Any) -> str:

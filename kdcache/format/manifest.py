@@ -141,7 +141,7 @@ def parse_manifest(text: bytes, *, where: str) -> Manifest:
     root = value.get("root")
     if root != fingerprint(body):
         raise CorruptCacheError(
-            f"{where}: the root hash does not match the content (written {root!r:.80}); the file was edited or damaged. "
+            f"{where}: the root hash does not match the content (written {root!r:.80}); it was edited or damaged. "
             "Fetch the cache again, or dump it again"
         )
     check = _Checks(where)
@@ -231,7 +231,9 @@ def parse_shard(value: Any, schema: RowSchema, *, where: str) -> ShardRecord:
     if ids is not None:
         good = isinstance(ids, list) and len(ids) == 2 and all(type(i) is int and -(2**63) <= i < 2**63 for i in ids)
         if not good or ids[1] - ids[0] + 1 != stop - start or schema.id_dtype != "<i8":
-            raise CorruptCacheError(f"{where}: the id range {ids!r:.80} does not fit {stop - start} consecutive integers")
+            raise CorruptCacheError(
+                f"{where}: the id range {ids!r:.80} does not fit {stop - start} consecutive integers"
+            )
     return ShardRecord(
         file=value["file"],
         view=view,
@@ -274,7 +276,9 @@ def _check_ranges(records: tuple[ShardRecord, ...], views: tuple[int, ...], samp
         expected[record.view] = record.stop
     for view, stop in expected.items():
         if stop != samples:
-            raise CorruptCacheError(f"{where}: the shards of view {view} hold {stop} samples, the manifest says {samples}")
+            raise CorruptCacheError(
+                f"{where}: the shards of view {view} hold {stop} samples, the manifest says {samples}"
+            )
 
 
 @dataclass(frozen=True)
@@ -284,5 +288,7 @@ class _Checks:
     def count(self, value: Mapping[str, Any], key: str, *, minimum: int = 1) -> int:
         found = value.get(key)
         if type(found) is not int or not minimum <= found < 2**48:
-            raise CorruptCacheError(f"{self.where}: {key} must be an integer of at least {minimum}, found {found!r:.50}")
+            raise CorruptCacheError(
+                f"{self.where}: {key} must be an integer of at least {minimum}, found {found!r:.50}"
+            )
         return found

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from kdcache.errors import CorruptCacheError, UsageError
@@ -88,7 +89,7 @@ class RowSchema:
                 raise CorruptCacheError(f"{where}: array {name} lies outside the file of {size} bytes")
             spans.append((layout.offset, layout.stop, name))
         spans.sort()
-        for (_, stop, first), (start, _, second) in zip(spans, spans[1:], strict=False):
+        for (_, stop, first), (start, _, second) in pairwise(spans):
             if start < stop:
                 raise CorruptCacheError(f"{where}: arrays {first} and {second} overlap")
 

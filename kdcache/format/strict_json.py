@@ -36,9 +36,7 @@ def load_json(text: bytes, *, where: str) -> dict[str, Any]:
         return int(digits)
 
     try:
-        value = json.loads(
-            text.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant, parse_int=integer
-        )
+        value = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant, parse_int=integer)
     except (ValueError, RecursionError) as error:
         raise CorruptCacheError(f"{where}: not readable as JSON ({type(error).__name__}: {error})") from None
     if not isinstance(value, dict):

@@ -189,7 +189,7 @@ def _size_bytes(entry: os.DirEntry[str], root: Path) -> int:
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
-    if entry.is_symlink() and entry.is_dir():
+    if entry.is_symlink() and os.path.isdir(entry.path):  # False for a link in a circle, where is_dir() raises
         raise DataError(f"{entry.name} is a link to a folder; such links are not followed: copy the folder")
     return entry.is_dir(follow_symlinks=False)
 

@@ -1,6 +1,6 @@
 """`npz:FILE`: arrays `x`, optionally `y`, `sample_id` and `classes`, as `numpy.savez` writes them.
 
-An uncompressed `x` is mapped, not read: 60,000 rows of 3x32x32 cost no memory of their own, and forked workers share
+An uncompressed array is mapped, not read: 60,000 rows of 3x32x32 cost no memory of their own, and forked workers share
 the pages. (A spawned worker receives a copy.) Sizes are compared with the file before anything is allocated, so that
 a header which promises terabytes, or a zip bomb, is an error.
 """
@@ -34,6 +34,7 @@ USAGE = "npz:FILE"
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 _MAX_DEFLATE_RATIO = 1032  # of the format itself: 258 bytes from 2 bits
+_MIN_MAPPED_BYTES = 1 << 20
 
 
 def load_npz(rest: str) -> LoadedData:
@@ -81,7 +82,9 @@ def load_npz(rest: str) -> LoadedData:
 
 
 def read_npz(path: Path, wanted: Sequence[str], *, name: str) -> dict[str, np.ndarray]:
-    """Those of the wanted arrays that an .npz file holds; uncompressed ones in C order are mapped read-only.
+    """Those of the wanted arrays that an .npz file holds; large uncompressed ones in C order are mapped read-only.
+
+    Mapped bytes are not compared with the zip's CRC, which would read them all; what is read is.
 
     Nothing is ever unpickled: arrays of objects are refused.
 
@@ -122,10 +125,10 @@ def _read(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) -> np.n
         header_bytes = stream.tell()
         if dtype.hasobject or dtype.kind not in "biufSU":
             raise DataError(f"{where}: elements of type {dtype}; expected numbers or text, never objects")
-        elements = math.prod(shape)
-        if any(size < 0 for size in shape) or header_bytes + elements * dtype.itemsize != member.file_size:
+        payload_bytes = math.prod(shape) * dtype.itemsize
+        if any(size < 0 for size in shape) or header_bytes + payload_bytes != member.file_size:
             raise DataError(f"{where}: {shape} of {dtype} does not fit {member.file_size} bytes; the file is damaged")
-        if stored and not fortran and elements:
+        if stored and not fortran and payload_bytes >= _MIN_MAPPED_BYTES:
             offset = _data_offset(path, member) + header_bytes
             return np.memmap(path, dtype, "r", offset, shape)
         stream.seek(0)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -26,8 +27,11 @@ from kdcache.stages.students import load_student
 from kdcache.stages.weights import load_weights
 from kdcache.store.cache import Cache
 from kdcache.store.cache import open as open_cache
-from kdcache.train.attach import attach, with_ids
+from kdcache.train.attach import attach
+from kdcache.train.checks import Check
 from kdcache.train.ids import resolve
+from kdcache.train.reading import Missing
+from kdcache.train.with_ids import with_ids
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,9 +59,8 @@ class Source:
     @property
     def fingerprint(self) -> str:
         """Identifies the rows for a resumed run: the data's own fingerprint, else its ids, else its length."""
-        if self.sample_ids is not None:
-            return f"{self.provenance.get('fingerprint', '')} ids {ids_sha256(self.sample_ids)}"
-        return f"{self.provenance.get('fingerprint', '')} rows {len(self.positions)}"
+        rows = f"{len(self.positions)} rows" if self.sample_ids is None else f"ids {ids_sha256(self.sample_ids)}"
+        return " ".join(filter(None, [self.provenance.get("fingerprint"), rows]))
 
 
 def open_source(
@@ -129,8 +132,9 @@ def build_loader(source: Source, batch_sampler: Any, options: DistillOptions, ge
     )
     if source.cache is None:
         return loader
-    missing = "ce" if options.missing == "skip" else options.missing  # skipped rows are not among the positions
-    return attach(loader, source.cache, missing=missing, check=options.check)
+    # Rows to skip are not among the positions; the data set still has them.
+    missing: Missing = "error" if options.missing == "error" else "ce"
+    return attach(loader, source.cache, missing=missing, check=cast("Check", options.check))
 
 
 def example_batch(source: Source) -> Batch:
@@ -163,7 +167,7 @@ def open_student(
         inputs = Batch(example.inputs, None, None).to(device, num_classes=known or 1).inputs
         width = call_model(student, inputs, what="student").shape[1]
     if options.init is not None:
-        load_weights(student, options.init)
+        load_weights(student, Path(options.init))
     if source.cache is not None and width != source.cache.num_classes:
         raise MismatchError(
             f"the student has {width} classes, the teacher of {source.cache.path.name} has {source.cache.num_classes}: "

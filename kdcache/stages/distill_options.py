@@ -29,8 +29,8 @@ def _option(default: Any, help_text: str, *, group: str, choices: Sequence[str] 
 class DistillOptions:
     """What `distill` is asked to do; every field has a default and a help text in its metadata.
 
-    `batch_size` counts the rows of an optimiser step over all ranks and accumulation pieces, so that
-    runs on other machines, and arms of a comparison, take equal steps.
+    Paths are plain text. `batch_size` counts the rows of an optimiser step over all ranks and accumulation
+    pieces, so that runs on other machines, and arms of a comparison, take equal steps.
     """
 
     student: str | None = _option(None, "Student: mlp:784-128-10, cnn:SMALL or module:factory.", group="inputs")
@@ -42,8 +42,8 @@ class DistillOptions:
     val_cache: str | None = _option(
         None, "Cache for the validation data: measures fidelity to the teacher.", group="inputs"
     )
-    init: Path | None = _option(None, "State dict (.pt or .safetensors) that the student starts from.", group="inputs")
-    out: Path | None = _option(None, "Folder of the run.", group="inputs")
+    init: str | None = _option(None, "State dict (.pt or .safetensors) that the student starts from.", group="inputs")
+    out: str | None = _option(None, "Folder of the run.", group="inputs")
 
     alpha: float = _option(0.9, "Weight of the teacher's term, 0 (labels only) to 1 (teacher only).", group="loss")
     temperature: float = _option(4.0, "Softmax temperature of teacher and student, above 0.", group="loss")
@@ -86,9 +86,10 @@ class DistillOptions:
 
 
 PATHS = ("cache", "val_cache", "init", "out")
-# What may differ when a run is resumed: where it computes, how often it reports, and the request itself.
+# What may differ when a run is resumed: where it computes, how often it reports, the request itself, and the
+# names of caches (their root hashes may not).
 RESUMABLE = frozenset(
-    {"out", "resume", "overwrite"}
+    {"out", "cache", "val_cache"}
     | {field.name for field in dataclasses.fields(DistillOptions) if field.metadata["group"] in ("machine", "run")}
 )
 
@@ -162,7 +163,7 @@ def portable(options: DistillOptions) -> dict[str, Any]:
 
 
 def _portable_value(name: str, value: Any) -> Any:
-    if not isinstance(value, (str, Path)):
+    if not isinstance(value, str):
         return value
     if name in PATHS:
         return Path(value).name

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -73,16 +74,16 @@ class DumpItems(Dataset[Any]):
             return [self[index] for index in indices]
         try:
             items = self._dataset.__getitems__(indices)
-        except Exception as error:  # noqa: BLE001  whatever a user's data set raises is reported, never swallowed
+        except Exception as error:
             return [_failure(error, self._sample_ids[indices[0]])]
-        return [self._guarded(index, lambda item=item: item) for index, item in zip(indices, items, strict=True)]
+        return [self._guarded(index, partial(_same, item)) for index, item in zip(indices, items, strict=True)]
 
     def _guarded(self, index: int, load: Callable[[], Any]) -> Any:
         try:
             item = load()
             digest = input_digest(first_input(item))
             return self._teacher_input(item), plain_label(label_of(item)), digest
-        except Exception as error:  # noqa: BLE001  as above
+        except Exception as error:
             return _failure(error, self._sample_ids[index])
 
     def _teacher_input(self, item: Any) -> Any:
@@ -145,12 +146,16 @@ def collate(items: list[Any]) -> Any:
         first = inputs[0]
         return _Failure(
             DataError,
-            f"the teacher's inputs cannot be stacked into a batch ({type(first).__name__}: {str(error).splitlines()[0]}); "
+            f"the inputs cannot be stacked into a batch ({type(first).__name__}: {str(error).splitlines()[0]}); "
             "give the teacher a transform that makes tensors of one shape, or use --batch-size 1",
         )
     known = [label for label in labels if label is not None]
     stored = None if not known else np.array([-1 if label is None else label for label in labels], np.int64)
     return stacked, stored, np.array(digests, np.uint64)
+
+
+def _same(item: Any) -> Any:
+    return item
 
 
 def plain_label(value: Any) -> int | None:

@@ -94,7 +94,7 @@ class ShardSink:
                 continue  # keep emptying the queue, so that `put` never waits for ever
             try:
                 self._write(batch)
-            except BaseException as error:  # noqa: BLE001  handed to the main thread by `put` or `close`
+            except BaseException as error:
                 self._error = error
                 self._abandon()
         self._abandon()
@@ -144,13 +144,15 @@ class ShardSink:
 def to_host(encoded: EncodedTensors) -> tuple[EncodedTensors, Any]:
     """Starts copies to pinned memory without waiting; returns them and the event to wait for (None on a CPU)."""
     if encoded.bad.device.type != "cuda":
-        on_cpu = EncodedTensors({n: t.cpu() for n, t in encoded.arrays.items()}, encoded.bad.cpu(), encoded.clamped.cpu())
+        on_cpu = EncodedTensors(
+            {n: t.cpu() for n, t in encoded.arrays.items()}, encoded.bad.cpu(), encoded.clamped.cpu()
+        )
         return on_cpu, None
 
     def copy(tensor: torch.Tensor) -> torch.Tensor:
         return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
     copies = EncodedTensors({n: copy(t) for n, t in encoded.arrays.items()}, copy(encoded.bad), copy(encoded.clamped))
-    event = torch.cuda.Event()
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
     event.record()
     return copies, event

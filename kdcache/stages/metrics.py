@@ -80,5 +80,5 @@ def _summary_writer(folder: Path, step: int) -> ScalarWriter:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise MissingExtraError.of("tensorboard", extra="tensorboard", what="--tensorboard") from None
-    writer: ScalarWriter = SummaryWriter(str(folder), purge_step=step)  # type: ignore[no-untyped-call]
+    writer: ScalarWriter = SummaryWriter(str(folder), purge_step=step)
     return writer

@@ -71,7 +71,9 @@ class Order:
         """The positions in the data set that make the step `step` (from 0), over all ranks: (n,) int64."""
         epoch, index = divmod(step, self.steps_per_epoch)
         start = index * self.batch_size
-        return self.positions[permutation(self.seed, epoch, len(self.positions))[start : start + self.batch_size]]
+        chosen = permutation(self.seed, epoch, len(self.positions))[start : start + self.batch_size]
+        rows: np.ndarray = self.positions[chosen]
+        return rows
 
     def pieces(self, step: int) -> list[np.ndarray]:
         """This rank's share of a step, one array of positions for each forward pass.

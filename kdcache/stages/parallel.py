@@ -80,7 +80,7 @@ class Team:
             grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in group]
             flat = torch.cat([grad.reshape(-1) for grad in grads])
             dist.all_reduce(flat)
-            pieces = flat.split([grad.numel() for grad in grads])
+            pieces = torch.split(flat, [grad.numel() for grad in grads])
             for parameter, grad, piece in zip(group, grads, pieces, strict=True):
                 parameter.grad = piece.view_as(grad)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from kdcache.errors import UsageError
 from kdcache.format.encodings import DTYPES
-from kdcache.stages.amp import AMP_DTYPES
+from kdcache.stages.choices import AMP
 from kdcache.stages.option import flag, option
 
 TEACHER_SAW = ("yes", "no", "unknown")
@@ -32,18 +32,18 @@ class PrecomputeOptions:
     output_key: str | None = option(None, "Where the logits are in the teacher's output.", group="inputs")
     limit: int | None = option(None, "Only the first N samples.", group="inputs")
 
-    dtype: str = option("float16", "Stored type; float16 keeps the row maximum apart.", group="cache", choices=tuple(DTYPES))
-    shard_rows: int | None = option(None, "Rows of a shard (default: up to 256 MiB).", group="cache")
-    teacher_saw: str = option(
-        "unknown", "Was the teacher trained on these rows?", group="cache", choices=TEACHER_SAW
+    dtype: str = option(
+        "float16", "Stored type; float16 keeps the row maximum apart.", group="cache", choices=tuple(DTYPES)
     )
+    shard_rows: int | None = option(None, "Rows of a shard (default: up to 256 MiB).", group="cache")
+    teacher_saw: str = option("unknown", "Was the teacher trained on these rows?", group="cache", choices=TEACHER_SAW)
     licence: str | None = option(None, "Licence and terms of the logits, for the card.", group="cache")
     overwrite: bool = option(False, "Replace what is in --out.", group="cache")
 
     batch_size: int = option(256, "Rows of a forward pass.", group="machine")
     workers: int = option(0, "DataLoader workers of a process.", group="machine")
     device: str = option("auto", "Device: auto, cpu, cuda, cuda:0 ...", group="machine")
-    amp: str = option("none", "Precision of the forward pass.", group="machine", choices=tuple(AMP_DTYPES))
+    amp: str = option("none", "Precision of the forward pass.", group="machine", choices=AMP)
     threads: int | None = option(None, "Threads of torch on the CPU (default: what torch chooses).", group="machine")
     shard: str | None = option(None, "I/N: take only every N-th shard, from the I-th (0 to N-1).", group="machine")
 
@@ -56,7 +56,14 @@ class PrecomputeOptions:
             choices, value = field.metadata["choices"], getattr(self, field.name)
             if choices and value not in choices:
                 raise UsageError(f"{flag(field.name)} {value!r} is not known; choose one of {', '.join(choices)}")
-        for name, least in (("batch_size", 1), ("workers", 0), ("limit", 1), ("shard_rows", 1), ("threads", 1), ("epochs", 1)):
+        for name, least in (
+            ("batch_size", 1),
+            ("workers", 0),
+            ("limit", 1),
+            ("shard_rows", 1),
+            ("threads", 1),
+            ("epochs", 1),
+        ):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UsageError(f"{flag(name)} must be at least {least}, found {value}")

@@ -41,8 +41,8 @@ def check_same_run(found: dict[str, Any], wanted: dict[str, Any], *, out: Path) 
     for name in sorted({*found, *wanted}):
         if found.get(name) != wanted.get(name):
             raise MismatchError(
-                f"the run in {out.name} has {name} = {found.get(name)!r}, this call has {wanted.get(name)!r}: --resume goes "
-                "on with the same run only; repeat its options, or choose another --out"
+                f"the run in {out.name} has {name} = {found.get(name)!r}, this call has {wanted.get(name)!r}: --resume "
+                "goes on with the same run only; repeat its options, or choose another --out"
             )
 
 
@@ -94,7 +94,7 @@ def restore_run(path: Path, trainer: Trainer, *, identity: dict[str, Any]) -> tu
         trainer.optimizer.load_state_dict(content["optimizer"])
     except (RuntimeError, ValueError) as error:
         raise MismatchError(f"{path.name} was written for another student: {error!s:.500}") from error
-    trainer.scaler.load_state_dict(content["scaler"]) if content["scaler"] else None
+    trainer.scaler.load_state_dict(content["scaler"])
     if content["world_size"] == team.world_size:
         own = {name: tensors[team.rank] for name, tensors in content["generators"].items()}
         checkpoint.set_rng_state(own, team.device)

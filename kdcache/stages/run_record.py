@@ -11,21 +11,15 @@ resume.pt       while the run is unfinished: all it takes to go on
 from __future__ import annotations
 
 import json
-import platform
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
-
-import h5py
-import numpy as np
-import torch
 
 from kdcache.errors import KDCacheError, StorageError, UsageError
 from kdcache.stages.checkpoint import BEST_NAME, LAST_NAME, RESUME_NAME
 from kdcache.stages.distill_inputs import Source
 from kdcache.stages.metrics import METRICS_NAME, TENSORBOARD_NAME
 from kdcache.store import posix
-from kdcache.version import __version__
 
 RECORD_NAME = "run.json"
 RECORD_FORMAT = 1
@@ -64,17 +58,6 @@ def prepare_folder(out: Path, *, resume: bool, overwrite: bool) -> None:
 def now() -> str:
     """The time in UTC, to the second."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-
-def versions() -> dict[str, str]:
-    """Of what computes a run."""
-    return {
-        "kdcache": __version__,
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "h5py": h5py.__version__,
-        "python": platform.python_version(),
-    }
 
 
 def describe_source(source: Source) -> dict[str, Any]:

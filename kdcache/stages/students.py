@@ -76,12 +76,10 @@ def _build_cnn(spec: Spec, num_classes: int | None, example: Any) -> nn.Module:
             f"student {spec.text} needs the number of classes, which neither a cache nor the data gives; add `classes` "
             f"to the data, or use mlp: or module:factory"
         )
-    x = _image_or_vector(spec, example)
-    if x.ndim != 3:
-        raise MismatchError(
-            f"student {spec.text} takes images (channels, height, width); the data has {tuple(x.shape)}"
-        )
-    return CNN(spec.rest, in_channels=x.shape[0], num_classes=num_classes, pixels=min(x.shape[1:]))
+    shape = _input_shape(spec, example)
+    if len(shape) != 3:
+        raise MismatchError(f"student {spec.text} takes images (channels, height, width); the data has {shape}")
+    return CNN(spec.rest, in_channels=shape[0], num_classes=num_classes, pixels=min(shape[1:]))
 
 
 def _input_shape(spec: Spec, example: Any) -> tuple[int, ...]:

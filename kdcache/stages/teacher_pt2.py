@@ -38,11 +38,14 @@ class ExportedTeacher(nn.Module):
     def __init__(self, program: torch.export.ExportedProgram) -> None:
         super().__init__()
         self.forward_keys = tuple(program.graph_signature.user_inputs)
+        self.positional = program.call_spec.in_spec.children()[0].num_leaves
         self.max_batch = _check_batch_dimension(program)
         self.program = program.module()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the program returns."""
+        """What the program returns; it tells positional from named arguments, as they were when it was exported."""
+        if not args:
+            args = tuple(kwargs.pop(key) for key in self.forward_keys[: self.positional] if key in kwargs)
         return self.program(*args, **kwargs)
 
     def train(self, mode: bool = True) -> ExportedTeacher:

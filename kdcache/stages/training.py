@@ -133,7 +133,7 @@ def fetch_window(state: State) -> Tensor:
     if len(bad):
         step = state.step - len(sums) + int(bad[0]) + 1
         raise KDCacheError(
-            f"the loss is not finite at step {step}: training diverged. Try a lower --lr, a --warmup, --clip-norm 1, or "
-            "--amp bf16 instead of fp16; the last checkpoint is from before this step and was left as it is"
+            f"the loss is not finite at step {step}: training diverged. Try a lower --lr, a --warmup, "
+            "--clip-norm 1, or --amp bf16 instead of fp16; the last checkpoint is from before this step"
         )
     return sums

@@ -27,7 +27,7 @@ from kdcache.store.rows import TeacherRows
 _RESIDENCE_SAMPLE = 8
 
 
-def open(path: str | os.PathLike[str], *, expect_root: str | None = None, access: str = "mmap") -> Cache:  # noqa: A001
+def open(path: str | os.PathLike[str], *, expect_root: str | None = None, access: str = "mmap") -> Cache:
     """Opens a folder cache or a one-file `.h5` for reading; nothing is written, ever.
 
     Args:
@@ -44,9 +44,7 @@ def open(path: str | os.PathLike[str], *, expect_root: str | None = None, access
     where = Path(os.path.abspath(path))
     catalog = read_catalog(where)
     if expect_root is not None and catalog.root != expect_root:
-        raise MismatchError(
-            f"{where} has the root hash {catalog.root}, expected {expect_root}; it is another dump or another version of it"
-        )
+        raise MismatchError(f"{where} has the root hash {catalog.root}, expected {expect_root}; it is another dump")
     return Cache(where, catalog, access)
 
 
@@ -327,8 +325,9 @@ class Cache:
             bad = int(numbers[np.flatnonzero(~good)[0]])
             part = self._catalog.parts[int(np.searchsorted(self._starts, bad, side="right")) - 1]
             raise CorruptCacheError(
-                f"{part.path}: row {bad} (sample {show_id(touched.sample_id[np.flatnonzero(~good)[0]])}) does not match "
-                "its checksum; the file is damaged or rows were moved. Run `kdcache verify`, then fetch or dump it again"
+                f"{part.path}: row {bad} (sample {show_id(touched.sample_id[np.flatnonzero(~good)[0]])}) does not "
+                "match its checksum; the file is damaged or rows were moved. Run `kdcache verify`, then fetch or dump "
+                "it again"
             )
         before = int(np.count_nonzero(self._checked[np.unique(at)]))
         self._checked[at] = True

@@ -7,8 +7,10 @@ No manifest, no cache.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
+from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -29,11 +31,15 @@ _OURS = {MANIFEST, PLAN, SHARDS, ".lock", "README.md", "classes.json"}
 
 
 class DumpFolder:
-    """One process's view of a dump folder; get it from `open_dump`."""
+    """One process's view of a dump folder; get it from `open_dump`.
 
-    def __init__(self, folder: Path, plan: Plan) -> None:
+    `merged` is the one-file cache that the folder becomes at the end, if it does.
+    """
+
+    def __init__(self, folder: Path, plan: Plan, merged: Path | None = None) -> None:
         self.folder = folder
         self.plan = plan
+        self._merged = merged
         self._locks = lock_file(folder)
 
     @property
@@ -43,8 +49,8 @@ class DumpFolder:
 
     @property
     def finished(self) -> bool:
-        """Whether the manifest is there."""
-        return self.manifest_path.exists()
+        """Whether the manifest is there, or another process has made the one file and cleared the folder away."""
+        return self.manifest_path.exists() or (self._merged is not None and self._merged.exists())
 
     def record(self, view: int, index: int) -> ShardRecord | None:
         """The commit record of a shard, None if it is not committed."""
@@ -100,10 +106,8 @@ class DumpFolder:
             records: of all shards, ordered by (view, start).
             samples: of each view.
         """
-        while not self._locks.try_lock(FINISH):
-            time.sleep(0.02)  # another process is writing the very same manifest
-        try:
-            if self.finished:
+        with self.exclusive(FINISH):
+            if self.manifest_path.exists():
                 return read_manifest(self.folder)
             manifest = Manifest(
                 schema=self.plan.schema,
@@ -119,8 +123,16 @@ class DumpFolder:
             posix.write_file(self.manifest_path, manifest.dump(), replace=False)
             self._clear()
             return manifest
+
+    @contextlib.contextmanager
+    def exclusive(self, lock: int) -> Iterator[None]:
+        """Waits for a lock that only one process holds at a time (it is held for milliseconds, or for a merge)."""
+        while not self._locks.try_lock(lock):
+            time.sleep(0.02)
+        try:
+            yield
         finally:
-            self._locks.unlock(FINISH)
+            self._locks.unlock(lock)
 
     def all_records(self) -> list[ShardRecord] | None:
         """The records of all planned shards in order, None while one is missing."""
@@ -155,7 +167,10 @@ class DumpFolder:
         """Somebody published this shard although we hold its lock. Equal bytes are fine."""
         fd, size = posix.open_regular(path)
         try:
-            same = size == record.size and file_sha256(lambda o, n: posix.read_exactly(fd, o, n, path), size) == record.sha256
+            same = (
+                size == record.size
+                and file_sha256(lambda o, n: posix.read_exactly(fd, o, n, path), size) == record.sha256
+            )
         finally:
             os.close(fd)
         if not same:
@@ -189,8 +204,8 @@ def read_manifest(folder: Path) -> Manifest:
     return parse_manifest(posix.read_file(path, MAX_JSON_BYTES), where=str(path))
 
 
-def open_dump(folder: Path, plan: Plan) -> DumpFolder:
-    """Joins or starts the dump of `plan` in `folder`.
+def open_dump(folder: Path, plan: Plan, *, merged: Path | None = None) -> DumpFolder:
+    """Joins or starts the dump of `plan` in `folder`, which becomes the file `merged` at the end.
 
     Raises:
         UsageError: the folder holds something that is not a dump.
@@ -200,8 +215,8 @@ def open_dump(folder: Path, plan: Plan) -> DumpFolder:
     refuse_foreign(folder)
     with posix.translated("create", folder):
         posix.make_folder(folder / SHARDS)
-    dump = DumpFolder(folder, plan)
-    if dump.finished:
+    dump = DumpFolder(folder, plan, merged)
+    if dump.manifest_path.exists():
         manifest = read_manifest(folder)
         require_same_plan(plan_of_manifest(manifest, samples_known=plan.samples is not None), plan, where=str(folder))
         dump.clear_leftovers()
@@ -246,12 +261,25 @@ def remove_dump(folder: Path) -> None:
     if not locks.try_lock(FINISH):
         raise MismatchError(f"{folder} is in use by process {locks.holder(FINISH)}; wait for it or stop it")
     try:
-        with posix.translated("remove", folder):
-            for name in (MANIFEST, PLAN, "README.md", "classes.json"):
-                posix.unlink(folder / name)
-            if (folder / SHARDS).is_dir():
-                for entry in os.scandir(folder / SHARDS):
-                    posix.unlink(folder / SHARDS / entry.name)
-            posix.fsync_folder(folder)
+        clear_dump(folder)
     finally:
         locks.unlock(FINISH)
+
+
+def clear_dump(folder: Path) -> None:
+    """Removes the files of a dump; the caller holds the lock FINISH."""
+    with posix.translated("remove", folder):
+        for name in (MANIFEST, PLAN, "README.md", "classes.json"):
+            posix.unlink(folder / name)
+        if (folder / SHARDS).is_dir():
+            for entry in os.scandir(folder / SHARDS):
+                posix.unlink(folder / SHARDS / entry.name)
+        posix.fsync_folder(folder)
+
+
+def remove_empty(folder: Path) -> None:
+    """Removes a dump folder that `clear_dump` has emptied; whatever else is in it stays."""
+    with contextlib.suppress(OSError):
+        (folder / SHARDS).rmdir()
+        (folder / ".lock").unlink()
+        folder.rmdir()

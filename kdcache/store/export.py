@@ -29,7 +29,7 @@ def export(
     path: str | Path,
     out: str | Path,
     *,
-    format: str | None = None,  # noqa: A002  the field's word
+    format: str | None = None,
     compress: str | None = None,
     overwrite: bool = False,
 ) -> Path:

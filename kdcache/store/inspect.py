@@ -39,7 +39,9 @@ def describe(path: str | Path) -> dict[str, Any]:
         "encoding": catalog.schema.encoding.to_json(),
         "labels": catalog.schema.has_labels,
         "digests": catalog.schema.has_digests,
-        "sample_ids": "integers" if catalog.schema.id_dtype == "<i8" else f"text of up to {catalog.schema.id_dtype[2:]} bytes",
+        "sample_ids": "integers"
+        if catalog.schema.id_dtype == "<i8"
+        else f"text of up to {catalog.schema.id_dtype[2:]} bytes",
         "bytes": catalog.size_bytes,
         "bytes_per_row": {
             "payload": catalog.schema.payload_row_bytes,

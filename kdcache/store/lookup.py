@@ -39,7 +39,9 @@ class IdIndex:
         ordered = ids[order]
         twice = np.flatnonzero(ordered[1:] == ordered[:-1])
         if twice.size:
-            raise CorruptCacheError(f"{path}: the sample id {show_id(ordered[twice[0]])} stands twice; run `kdcache verify`")
+            raise CorruptCacheError(
+                f"{path}: the sample id {show_id(ordered[twice[0]])} stands twice; run `kdcache verify`"
+            )
         return cls(None, ordered, order, len(ids))
 
     @property

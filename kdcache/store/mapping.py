@@ -52,9 +52,9 @@ class Region:
         self.address = _mmap(None, self._length, 0, flags, -1, 0)
         buffer = (ctypes.c_char * self._length).from_address(self.address)
         weakref.finalize(buffer, _libc.munmap, self.address, self._length)
-        self.array: np.ndarray = np.frombuffer(memoryview(buffer).cast("B"), dtype, rows * self.row_bytes // np.dtype(dtype).itemsize).reshape(
-            rows, *row_shape
-        )
+        self.array: np.ndarray = np.frombuffer(
+            memoryview(buffer).cast("B"), dtype, rows * self.row_bytes // np.dtype(dtype).itemsize
+        ).reshape(rows, *row_shape)
         self.array.flags.writeable = False
 
     def take(self, rows: np.ndarray, out: np.ndarray) -> None:

@@ -14,11 +14,11 @@ import numpy as np
 
 from kdcache.errors import MismatchError, UsageError
 from kdcache.format.headers import FileHeader
+from kdcache.store import posix
 from kdcache.store.cache import Cache
 from kdcache.store.cache import open as open_cache
 from kdcache.store.rows import TeacherRows
 from kdcache.store.shards import ContainerWriter, remove_temporaries
-from kdcache.store import posix
 
 _BLOCK_BYTES = 8 << 20
 
@@ -99,4 +99,3 @@ def stored_arrays(rows: TeacherRows) -> dict[str, np.ndarray]:
     if rows.input_digest is not None:
         arrays["input_digest"] = rows.input_digest
     return arrays
-

@@ -7,7 +7,7 @@ another plan on the same folder is refused by the name of the field that differs
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from kdcache.errors import MismatchError, UsageError
 from kdcache.format.headers import FileHeader
@@ -89,9 +89,7 @@ def parse_plan(text: bytes, *, where: str) -> Plan:
     value = load_json(text, where=where)
     schema = schema_from_json(value, where=where)
     classes = parse_classes(value.get("classes"), schema, where=where)
-    return Plan(
-        schema, classes, int(value["shard_rows"]), value["samples"], value["provenance"], tuple(value["views"])
-    )
+    return Plan(schema, classes, int(value["shard_rows"]), value["samples"], value["provenance"], tuple(value["views"]))
 
 
 def plan_of_manifest(manifest: Manifest, *, samples_known: bool) -> Plan:
@@ -115,9 +113,7 @@ def require_same_file(found: FileHeader, wanted: Plan, *, where: str) -> None:
     Raises:
         MismatchError: naming the first field that differs.
     """
-    as_plan = Plan(
-        found.schema, found.classes, wanted.shard_rows, found.samples, found.provenance, found.views
-    )
+    as_plan = Plan(found.schema, found.classes, wanted.shard_rows, found.samples, found.provenance, found.views)
     value = wanted.to_json()
     if found.classes.names is None:
         value["classes"] = {**value["classes"], "names": None}
@@ -127,11 +123,20 @@ def require_same_file(found: FileHeader, wanted: Plan, *, where: str) -> None:
 def _require_same(found: dict[str, Any], wanted: dict[str, Any], *, where: str) -> None:
     difference = first_difference(found, wanted)
     if difference is not None:
-        field, left, right = difference
-        raise MismatchError(
-            f"{where} holds another dump: {field} is {left!r:.200} there and {right!r:.200} in this command. "
-            "Use the same settings to resume, another --out for a new dump, or --overwrite to replace it"
-        )
+        raise_difference(difference, where=where)
+
+
+def raise_difference(difference: tuple[str, Any, Any], *, where: str) -> NoReturn:
+    """The refusal of a dump that is another one, from what `first_difference` found.
+
+    Raises:
+        MismatchError: always.
+    """
+    field, left, right = difference
+    raise MismatchError(
+        f"{where} holds another dump: {field} is {left!r:.200} there and {right!r:.200} in this command. "
+        "Use the same settings to resume, another --out for a new dump, or --overwrite to replace it"
+    )
 
 
 def first_difference(found: Any, wanted: Any, field: str = "") -> tuple[str, Any, Any] | None:

@@ -80,7 +80,9 @@ def read_exactly(fd: int, offset: int, length: int, path: Path) -> bytes:
         while got < length:
             part = os.pread(fd, length - got, offset + got)
             if not part:
-                raise CorruptCacheError(f"{path}: ends at byte {offset + got}, expected {offset + length}; it is truncated")
+                raise CorruptCacheError(
+                    f"{path}: ends at byte {offset + got}, expected {offset + length}; it is truncated"
+                )
             parts.append(part)
             got += len(part)
     return parts[0] if len(parts) == 1 else b"".join(parts)

@@ -74,7 +74,7 @@ class TeacherRows:
         """The same rows as torch tensors on the CPU; memory is shared, not copied."""
         if not isinstance(self.view, np.ndarray):
             return self
-        import torch  # noqa: PLC0415  the first tensor that a reader asks for
+        import torch
 
         def convert(value: np.ndarray) -> Any:
             return torch.from_numpy(value if value.flags.writeable else value.copy())

@@ -70,9 +70,7 @@ class ContainerWriter:
         """Where everything lies."""
         return self._layout
 
-    def append(
-        self, arrays: Mapping[str, np.ndarray], *, view: int, positions: np.ndarray, clamped: int = 0
-    ) -> None:
+    def append(self, arrays: Mapping[str, np.ndarray], *, view: int, positions: np.ndarray, clamped: int = 0) -> None:
         """Writes the next rows.
 
         Args:
@@ -223,5 +221,3 @@ def remove_temporaries(folder: Path, name: str = "") -> None:
         for entry in os.scandir(folder):
             if entry.name.startswith(prefix):
                 posix.unlink(folder / entry.name)
-
-

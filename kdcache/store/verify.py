@@ -193,7 +193,8 @@ def _check_rows(read: Callable[[int, int], bytes], part: Part, catalog: Catalog)
         if bad.size:
             first = show_id(block["sample_id"][bad[0]])
             raise CorruptCacheError(
-                f"{part.path}: the checksum of {bad.size} rows does not match, the first is row {start + bad[0]} (sample {first})"
+                f"{part.path}: the checksum of {bad.size} rows does not match, the first is row {start + bad[0]} "
+                f"(sample {first})"
             )
         if "label" in block:
             labels = block["label"]

@@ -6,7 +6,6 @@ exception or a kill loses the shard in hand, and `resume=True` tells which sampl
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,7 +21,7 @@ from kdcache.format.identity import as_sample_ids, show_id
 from kdcache.format.manifest import ClassList, ShardRecord
 from kdcache.format.schema import RowSchema
 from kdcache.store import posix
-from kdcache.store.dump import DumpFolder, open_dump, refuse_foreign, remove_dump
+from kdcache.store.dump import DumpFolder, open_dump, refuse_foreign, remove_dump, remove_empty
 from kdcache.store.merge import merge
 from kdcache.store.plan import Plan, default_shard_rows, parse_plan
 from kdcache.store.shards import ContainerWriter
@@ -95,7 +94,7 @@ class Writer:
             refuse_foreign(self._folder)
             if self.path.is_file() or any(self._folder.iterdir()):
                 raise UsageError(
-                    f"{self.path} exists; pass resume=True to go on with it, overwrite=True to replace it, or another path"
+                    f"{self.path} exists; pass resume=True to go on with it, overwrite=True to replace it, or use another"
                 )
         if self._resume:
             self._read_back()
@@ -303,14 +302,6 @@ def dump_folder_of(path: Path) -> tuple[Path, bool]:
     return path, False
 
 
-def remove_empty(folder: Path) -> None:
-    """Removes a dump folder that `remove_dump` has emptied; whatever else is in it stays."""
-    with contextlib.suppress(OSError):
-        (folder / "shards").rmdir()
-        (folder / ".lock").unlink()
-        folder.rmdir()
-
-
 def as_float_array(logits: Any) -> np.ndarray:
     """Logits as a NumPy array of a type NumPy knows; tensors come to the CPU, bfloat16 becomes float32.
 
@@ -358,8 +349,8 @@ def fit_ids(ids: np.ndarray, schema: RowSchema) -> np.ndarray:
         lengths = np.char.str_len(ids)
         if int(lengths.max()) > np.dtype(schema.id_dtype).itemsize:
             raise DataError(
-                f"the sample id {show_id(ids[int(lengths.argmax())])} is longer than {schema.id_dtype[2:]} bytes, the room "
-                "that the first batch asked for; pass id_bytes= with the length of the longest id"
+                f"the sample id {show_id(ids[int(lengths.argmax())])} is longer than the "
+                f"{schema.id_dtype[2:]} bytes that the first batch asked for; pass id_bytes= with the length of the longest id"
             )
     return ids.astype(schema.id_dtype)
 
@@ -387,4 +378,3 @@ def read_ids(dump: DumpFolder, records: list[ShardRecord]) -> np.ndarray:
             os.close(fd)
         pieces.append(np.frombuffer(raw, layout.dtype))
     return np.concatenate(pieces) if pieces else np.empty(0, np.int64)
-

@@ -75,7 +75,7 @@ def assert_promises(layout: FileLayout, specs: list[ArraySpec], rows: int) -> No
         end = array.stop
         padded = -(-rows // chunk_rows(array.spec.row_bytes, rows)) * chunk_rows(array.spec.row_bytes, rows)
         stored = padded * array.spec.row_bytes
-        assert array.offset % (65_536 if stored >= 1 << 20 else 8) == 0
+        assert array.offset % (65_536 if stored >= 1 << 20 else 4096 if stored >= 1 << 14 else 8) == 0
         spans.append((array.offset, array.offset + stored))
     spans.sort()
     assert all(before[1] <= after[0] for before, after in pairwise(spans))

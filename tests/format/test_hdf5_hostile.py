@@ -17,6 +17,7 @@ from kdcache.errors import CorruptCacheError
 from kdcache.format.arrays import ArraySpec
 from kdcache.format.hdf5_header import build_layout
 from kdcache.format.hdf5_parser import parse
+from kdcache.format.lookup3 import lookup3
 
 ROWS = 600
 ATTRIBUTE = '{"format": 1}'
@@ -51,7 +52,20 @@ def edited(*removed: str, edit: Callable[[h5py.File], object]) -> bytes:
         for name in removed:
             del file[name]  # leaves room for another link in the root group
         edit(file)
-    return completed(buffer)
+    return blanked(completed(buffer))
+
+
+def blanked(data: bytes) -> bytes:
+    """`data` without what removed links leave in the padding of the root group, which would be refused first."""
+    image = bytearray(data)
+    position, stop = 56, 56 + int.from_bytes(data[54:56], "little")
+    while stop - position >= 4:
+        length = int.from_bytes(data[position + 1 : position + 3], "little")
+        if data[position] == 0:
+            image[position + 4 : position + 4 + length] = bytes(length)
+        position += 4 + length
+    image[stop : stop + 4] = lookup3(bytes(image[48:stop])).to_bytes(4, "little")
+    return bytes(image)
 
 
 def completed(buffer: io.BytesIO) -> bytes:
@@ -196,6 +210,13 @@ def test_files_of_other_programs_are_refused(libver: str | tuple[str, str]) -> N
 
 def test_a_user_block_before_the_file_is_refused() -> None:
     assert_refused(b"#!/bin/sh\n".ljust(512, b"\0") + make_image(), "no HDF5 signature")
+
+
+def test_what_a_removed_array_leaves_behind_is_refused() -> None:
+    buffer = io.BytesIO(make_image())
+    with h5py.File(buffer, "r+", libver=("v110", "v110")) as file:
+        del file["label"]
+    assert_refused(completed(buffer), "padding in the header of the root group is not zero")
 
 
 def test_the_unchanged_file_is_accepted() -> None:

@@ -1,0 +1,228 @@
+"""From a teacher, a data set and options to the plan of a dump, and the checks before anything is computed."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kdcache.errors import DataError, LogitsError, StorageError, UsageError
+from kdcache.format.encodings import Encoding
+from kdcache.format.manifest import ClassList
+from kdcache.format.schema import RowSchema
+from kdcache.stages.amp import autocast
+from kdcache.stages.calling import call_model
+from kdcache.stages.data import LoadedData
+from kdcache.stages.dump_feed import DumpItems, Fed, collate
+from kdcache.stages.precompute_options import PrecomputeOptions
+from kdcache.stages.teachers import LoadedTeacher
+from kdcache.store.dump import MANIFEST, PLAN, read_manifest, refuse_foreign
+from kdcache.store.parts import read_catalog
+from kdcache.store.plan import Plan, default_shard_rows, first_difference, parse_plan, raise_difference
+from kdcache.store.posix import read_file
+from kdcache.store.versions import versions
+from kdcache.store.writer import dump_folder_of
+
+DIGEST_POINT = "item"
+_SPARE_BYTES = 16 << 20
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """Everything a dump needs, checked: `items` feed `teacher` on `device`, `plan` says what comes out."""
+
+    plan: Plan
+    teacher: LoadedTeacher
+    items: DumpItems
+    sample_ids: np.ndarray
+    device: torch.device
+    options: PrecomputeOptions
+
+
+def early_checks(out: Path, data: LoadedData, sample_ids: np.ndarray, options: PrecomputeOptions) -> PrecomputeOptions:
+    """What can be refused before the teacher is loaded: a path that is taken, another data set, a full disk.
+
+    Returns:
+        The options, with the number of threads of the dump that is to be resumed where none was asked for:
+        under torchrun the default is 1, alone it is the number of cores.
+
+    Raises:
+        UsageError: `out` holds something that is not a cache.
+        MismatchError: it holds the dump of other data, or another precision.
+        StorageError: too little disk.
+    """
+    folder, one_file = dump_folder_of(out)
+    refuse_foreign(folder)
+    found = None if options.overwrite else _existing_provenance(out, folder)
+    if found is None:
+        if data.num_classes and not options.dry_run:
+            width = 2 if options.dtype == "float16" else 4
+            check_disk(out, len(sample_ids) * (data.num_classes * width + 32) * (2 if one_file else 1))
+        return replace(options, threads=options.threads or torch.get_num_threads())
+    there = found.get("precision", {})
+    if options.threads is None and isinstance(there.get("threads"), int):
+        options = replace(options, threads=there["threads"])
+    wanted = {**precision(options, torch.device("cpu")), "device": there.get("device")}
+    for part, left, right in (
+        ("provenance.data", found.get("data"), data_identity(data, sample_ids)),
+        ("provenance.precision", there, wanted),
+    ):
+        difference = first_difference(left, right, part)
+        if difference is not None:
+            raise_difference(difference, where=str(out))
+    return options
+
+
+def make_job(
+    teacher: LoadedTeacher, data: LoadedData, sample_ids: np.ndarray, device: torch.device, options: PrecomputeOptions
+) -> Job:
+    """Runs the teacher on one batch to learn what it returns, and writes the plan down.
+
+    Raises:
+        LogitsError: the output is not (N, C) or (N, C, ...).
+        UsageError: a batch size that the teacher cannot take.
+    """
+    if teacher.max_batch is not None and options.batch_size > teacher.max_batch:
+        raise UsageError(
+            f"--batch-size {options.batch_size} is above {teacher.max_batch}, the most that the exported teacher takes"
+        )
+    items = DumpItems(data.dataset, sample_ids, teacher.transform)
+    probe = _feed(items, min(2, len(items)))
+    logits = forward(teacher.module.to(device), probe.inputs, device, options)
+    row_shape = check_logits(logits, rows=min(2, len(items)))
+    encoding = Encoding(options.dtype, row_shape)
+    id_dtype = "<i8" if sample_ids.dtype.kind == "i" else f"|S{sample_ids.dtype.itemsize}"
+    schema = RowSchema(encoding, id_dtype, probe.labels is not None, True)
+    names = data.classes if data.classes is not None and len(data.classes) == encoding.num_classes else None
+    plan = Plan(
+        schema=schema,
+        classes=ClassList.of(encoding.num_classes, names),
+        shard_rows=options.shard_rows or default_shard_rows(schema.row_bytes),
+        samples=len(sample_ids),
+        provenance={
+            "teacher": teacher.provenance,
+            "data": data_identity(data, sample_ids),
+            "transform": None if teacher.transform is None else describe_transform(teacher.transform),
+            "teacher_seen": options.teacher_saw,
+            "licence": options.licence,
+            "precision": precision(options, device),
+            "versions": {**versions(), "torch": torch.__version__},
+        },
+    )
+    return Job(plan, teacher, items, sample_ids, device, options)
+
+
+def data_identity(data: LoadedData, sample_ids: np.ndarray) -> dict[str, Any]:
+    """The data part of the provenance, with how many of its samples are dumped and where digests are taken."""
+    return {**data.provenance, "dumped": len(sample_ids), "digest_point": DIGEST_POINT}
+
+
+def precision(options: PrecomputeOptions, device: torch.device) -> dict[str, Any]:
+    """What the bits of the logits depend on beside teacher and data."""
+    return {
+        "amp": options.amp,
+        "batch_size": options.batch_size,
+        "device": device.type,
+        "threads": options.threads or torch.get_num_threads(),
+    }
+
+
+def describe_transform(transform: Any) -> str:
+    """A transform as text, without memory addresses."""
+    name = getattr(transform, "__qualname__", None)
+    if name is not None:
+        return f"{getattr(transform, '__module__', '')}.{name}"
+    text = " ".join(repr(transform).split())
+    return type(transform).__qualname__ if " at 0x" in text else text[:2000]
+
+
+def forward(model: nn.Module, inputs: Any, device: torch.device, options: PrecomputeOptions) -> Tensor:
+    """Raw logits of a batch on the device, in inference mode."""
+    with torch.inference_mode(), autocast(options.amp, device):
+        return call_model(model, move(inputs, device), output_key=options.output_key, what="teacher")
+
+
+def move(value: Any, device: torch.device) -> Any:
+    """Tensors of a batch on the device; from pinned memory the copy does not wait."""
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, dict):
+        return {key: move(inner, device) for key, inner in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(move(inner, device) for inner in value)
+    return value
+
+
+def check_logits(logits: Tensor, *, rows: int) -> tuple[int, ...]:
+    """The shape of one row.
+
+    Raises:
+        LogitsError: not floating point, not (N, C, ...), or another N than the batch has.
+    """
+    if logits.ndim < 2 or len(logits) != rows or not logits.is_floating_point():
+        raise LogitsError(
+            f"the teacher returned {logits.dtype} of shape {tuple(logits.shape)} for {rows} samples, expected floating "
+            "point logits (N, C) or (N, C, ...); pick the right part of its output with --output-key"
+        )
+    return tuple(int(n) for n in logits.shape[1:])
+
+
+def planned_bytes(plan: Plan) -> int:
+    """Bytes of all shards, up to padding."""
+    return plan.schema.row_bytes * (plan.samples or 0) * len(plan.views) + plan.shard_count * 64 * 1024
+
+
+def check_disk(out: Path, needed: int) -> int:
+    """Free bytes where `out` will be.
+
+    Raises:
+        StorageError: fewer than `needed`.
+    """
+    free = free_bytes(out)
+    if free < needed + _SPARE_BYTES:
+        raise StorageError(
+            f"{out} needs about {needed / 1e6:,.0f} MB and its disk has {free / 1e6:,.0f} MB free; free some space, "
+            "choose another --out, or a smaller --dtype"
+        )
+    return free
+
+
+def free_bytes(path: Path) -> int:
+    """Free bytes on the disk of the nearest folder above `path` that exists."""
+    folder = path.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def limited_ids(sample_ids: np.ndarray, limit: int | None) -> np.ndarray:
+    """The ids of the samples to dump.
+
+    Raises:
+        DataError: there are none.
+    """
+    if not len(sample_ids):
+        raise DataError("the data set has no rows; a cache needs at least one")
+    return sample_ids if limit is None else sample_ids[:limit]
+
+
+def _feed(items: DumpItems, count: int) -> Fed:
+    collated = collate([items[index] for index in range(count)])
+    if not isinstance(collated, tuple):
+        raise collated.kind(collated.message)
+    inputs, labels, digests = collated
+    return Fed(inputs, labels, digests)
+
+
+def _existing_provenance(out: Path, folder: Path) -> dict[str, Any] | None:
+    if (folder / MANIFEST).exists():
+        return read_manifest(folder).provenance
+    if (folder / PLAN).exists():
+        path = folder / PLAN
+        return parse_plan(read_file(path, 1 << 28), where=str(path)).provenance
+    return read_catalog(out).provenance if out.is_file() else None

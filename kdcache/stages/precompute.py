@@ -1,0 +1,437 @@
+"""The `precompute` stage: run the teacher once over a data set and keep its raw logits.
+
+Plan, then for each free shard: load, forward, encode on the device, copy without waiting, write in the
+background, publish. Any number of processes may run the same command on the same --out; each takes the
+next free shard, and the last one writes the manifest. Running it again goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kdcache.errors import InterruptedRunError, UsageError
+from kdcache.format.headers import FileHeader
+from kdcache.stages.data import LoadedData, load_data
+from kdcache.stages.dump_feed import Claim, ShardBatches, batches
+from kdcache.stages.dump_plan import (
+    Job,
+    check_disk,
+    check_logits,
+    early_checks,
+    forward,
+    free_bytes,
+    limited_ids,
+    make_job,
+    planned_bytes,
+)
+from kdcache.stages.dump_sink import EncodedBatch, ShardSink, to_host
+from kdcache.stages.loaded_data import check_unique_ids, data_provenance
+from kdcache.stages.precompute_options import PrecomputeOptions, options_of, share_of
+from kdcache.stages.progress import Progress
+from kdcache.stages.signals import StopRequest, graceful_signals
+from kdcache.stages.teachers import LoadedTeacher, load_teacher
+from kdcache.stages.weights import state_sha256
+from kdcache.store import posix
+from kdcache.store.dump import DumpFolder, clear_dump, open_dump, read_manifest, remove_dump, remove_empty
+from kdcache.store.locks import FINISH
+from kdcache.store.merge import merge
+from kdcache.store.parts import read_catalog
+from kdcache.store.plan import Plan, require_same_file
+from kdcache.store.writer import dump_folder_of
+from kdcache.train.encode import encode
+from kdcache.train.ids import length, resolve
+from kdcache.train.ranks import discover
+
+_POLL_SECONDS = 0.5
+_MEASURE_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class PrecomputeResult:
+    """What a call of `precompute` did.
+
+    Attributes:
+        path: of the cache.
+        root: its root hash; None if other processes (`--shard`) still have shards to do.
+        samples: of the whole dump.
+        computed: rows that this process computed.
+        seconds: it took.
+        rows_per_second: computed rows a second.
+        bytes: of the whole dump.
+    """
+
+    path: str
+    root: str | None
+    samples: int
+    computed: int
+    seconds: float
+    rows_per_second: float
+    bytes: int
+
+    @property
+    def finished(self) -> bool:
+        """Whether the cache is complete."""
+        return self.root is not None
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a dump would cost; nothing was written.
+
+    Attributes:
+        rows: rows of the dump.
+        bytes: on disk.
+        bytes_per_row: payload of the encoding alone.
+        shards: files.
+        free_bytes: on the disk of --out.
+        rows_per_second: measured on the first batches, loading included.
+        seconds: estimated for one process.
+        break_even_epochs: epochs of one student with a live teacher that cost as much as the dump.
+        break_even_students: students of `epochs` epochs after which the dump has paid for itself.
+        epochs: that estimate's epochs a student.
+    """
+
+    rows: int
+    bytes: int
+    bytes_per_row: int
+    shards: int
+    free_bytes: int
+    rows_per_second: float
+    seconds: float
+    break_even_epochs: float
+    break_even_students: int
+    epochs: int
+
+
+def precompute(
+    model: nn.Module | LoadedTeacher | None = None,
+    dataset: Any = None,
+    out: str | Path | None = None,
+    *,
+    transform: Callable[[Any], Any] | None = None,
+    sample_ids: Any = None,
+    id_key: str | None = None,
+    options: PrecomputeOptions | None = None,
+    **settings: Any,
+) -> PrecomputeResult | DryRun:
+    """Runs a teacher over a data set and stores its logits.
+
+    Args:
+        model: the teacher; called as `model(item[0])`, or with the keys of dict items that `forward` takes.
+        dataset: map-style; items `(x, label)`, dicts, or bare inputs. Ids come from `sample_ids=`, else
+            `dataset.sample_ids`, else `id_key`, else the index.
+        out: a folder, or a name ending in `.h5`.
+        transform: from the data set's input to the teacher's.
+        sample_ids: N ids.
+        id_key: the key of dict items that holds the id.
+        options: all settings as one record, as the command passes them.
+        **settings: fields of `PrecomputeOptions`, for example `batch_size=256, amp="bf16"`.
+
+    Returns:
+        What was done; with `dry_run=True` what it would cost.
+
+    Raises:
+        UsageError: settings that cannot be meant, or `out` holds something else.
+        MismatchError: `out` holds another dump; the message names the field that differs.
+        LogitsError: logits that cannot be stored; the message names the sample.
+        DataError: the data set failed, or has no usable ids or labels.
+        StorageError: too little disk, or an I/O error; committed shards stay.
+        InterruptedRunError: SIGINT or SIGTERM; the same call goes on.
+    """
+    if options is None:
+        options = options_of(settings)
+    elif settings:
+        raise UsageError(f"pass settings in options or by name, not both: {', '.join(settings)}")
+    target = _target(out, options)
+    data = _data(dataset, options)
+    ids = resolve(data.dataset, sample_ids=sample_ids, id_key=id_key) if data.sample_ids is None else data.sample_ids
+    check_unique_ids(ids, name=data.name)
+    ids = limited_ids(ids, options.limit)
+    options = early_checks(target, data, ids, options)
+    with torch_threads(options.threads):
+        device = pick_device(options.device)
+        job = make_job(_teacher(model, transform, options), data, ids, device, options)
+        if options.dry_run:
+            return measure(job, target)
+        return _dump(job, target)
+
+
+def _dump(job: Job, out: Path) -> PrecomputeResult:
+    begun = time.monotonic()
+    folder, one_file = dump_folder_of(out)
+    plan = job.plan
+    if job.options.overwrite:
+        _remove(out, folder)
+    if one_file and out.is_file():
+        return _result(job, out, _finished_file(out, plan), computed=0, seconds=time.monotonic() - begun)
+    done_before = folder.exists()
+    if not done_before:
+        check_disk(out, planned_bytes(plan) * (2 if one_file else 1))
+    dump = open_dump(folder, plan, merged=out if one_file else None)
+    with graceful_signals() as stop:
+        computed = 0 if dump.finished else _work_through(dump, job, stop)
+        root = _finish(dump, plan)
+        if root is not None and one_file:
+            root = _merge_once(dump, folder, out, plan)
+    return _result(job, out, root, computed=computed, seconds=time.monotonic() - begun)
+
+
+def _work_through(dump: DumpFolder, job: Job, stop: StopRequest) -> int:
+    """Takes free shards until none is left; waits for those in other hands, whose owner may die."""
+    computed = 0
+    ranks = discover()
+    share = share_of(job.options.shard)
+    mine = [n for n in range(job.plan.shard_count) if n % share[1] == share[0]]
+    left = [n for n in mine if _record_of(dump, n) is None]
+    rows_done = sum(_rows(job.plan, n) for n in mine) - sum(_rows(job.plan, n) for n in left)
+    enabled = ranks.is_first and not job.options.quiet
+    total = sum(_rows(job.plan, n) for n in mine)
+    with Progress(total, what="precompute", unit=" rows", done=rows_done, enabled=enabled) as progress:
+        while left and not dump.finished:
+            fresh = _one_pass(dump, job, left, stop, progress)
+            computed += fresh
+            left = [n for n in left if not dump.finished and _record_of(dump, n) is None]
+            if left and not fresh and not dump.finished:
+                _wait(stop)  # all that is left is in the hands of other processes
+    return computed
+
+
+def _one_pass(dump: DumpFolder, job: Job, left: list[int], stop: StopRequest, progress: Progress) -> int:
+    """Computes the shards of `left` that are free now; returns the rows computed."""
+    free = iter(left)
+    held: list[Claim] = []
+
+    def claim() -> Claim | None:
+        for number in free:
+            view, start, stop_at = job.plan.span(number)
+            index = number % job.plan.shards_per_view
+            if dump.claim(view, index):
+                held.append(Claim(view, index, start, stop_at))
+                return held[-1]
+        return None
+
+    options, device = job.options, job.device
+    sampler = ShardBatches(claim, options.batch_size)
+    sink = ShardSink(dump, job.sample_ids, progress.advance)
+    computed = 0
+    try:
+        for shard, start, stop_at, fed in batches(
+            job.items, sampler, workers=options.workers, pin_memory=device.type == "cuda"
+        ):
+            _check_stop(stop)
+            logits = forward(job.teacher.module, fed.inputs, device, options)
+            check_logits(logits, rows=stop_at - start)
+            with torch.inference_mode():
+                encoded, ready = to_host(encode(job.plan.schema.encoding, logits))
+            sink.put(EncodedBatch(shard, start, stop_at, encoded, fed.labels, fed.digests, ready))
+            computed += stop_at - start
+        sink.close()
+    except BaseException:
+        sink.drop()
+        raise
+    finally:
+        for shard in held:
+            dump.release(shard.view, shard.index)
+    return computed
+
+
+def _check_stop(stop: StopRequest) -> None:
+    if stop.requested:
+        raise InterruptedRunError(
+            f"stopped by {stop.name}; finished shards are kept, run the same command again to go on"
+        )
+
+
+def _wait(stop: StopRequest) -> None:
+    time.sleep(_POLL_SECONDS)
+    _check_stop(stop)
+
+
+def _record_of(dump: DumpFolder, number: int) -> object | None:
+    view, _, _ = dump.plan.span(number)
+    return dump.record(view, number % dump.plan.shards_per_view)
+
+
+def _rows(plan: Plan, number: int) -> int:
+    _, start, stop = plan.span(number)
+    return stop - start
+
+
+def _finish(dump: DumpFolder, plan: Plan) -> str | None:
+    """The root hash, after whoever finds all shards committed has written the manifest; None while some are missing."""
+    if not dump.finished:
+        records = dump.all_records()
+        if records is None:
+            return None
+        return dump.finish(records, samples=plan.samples or 0).root
+    return read_manifest(dump.folder).root if dump.manifest_path.exists() else ""
+
+
+def _merge_once(dump: DumpFolder, folder: Path, out: Path, plan: Plan) -> str:
+    """Makes the one file from the finished folder; processes that come second wait and find it done."""
+    with dump.exclusive(FINISH):
+        if not out.is_file():
+            merge(folder, out)
+        root = _finished_file(out, plan)
+        clear_dump(folder)
+    remove_empty(folder)
+    return root
+
+
+def _finished_file(out: Path, plan: Plan) -> str:
+    catalog = read_catalog(out)
+    header: FileHeader | None = catalog.header
+    if header is not None:
+        require_same_file(header, plan, where=str(out))
+    return catalog.root
+
+
+def _remove(out: Path, folder: Path) -> None:
+    if out.is_dir() or folder.exists():
+        remove_dump(folder)
+    if out.is_file():
+        read_catalog(out)  # only a cache is ever removed
+        with posix.translated("remove", out):
+            posix.unlink(out)
+
+
+def _result(job: Job, out: Path, root: str | None, *, computed: int, seconds: float) -> PrecomputeResult:
+    size = read_catalog(out).size_bytes if root is not None else planned_bytes(job.plan)
+    rate = computed / seconds if seconds > 0 else 0.0
+    return PrecomputeResult(
+        path=str(out),
+        root=root,
+        samples=job.plan.samples or 0,
+        computed=computed,
+        seconds=round(seconds, 3),
+        rows_per_second=round(rate, 1),
+        bytes=size,
+    )
+
+
+def measure(job: Job, out: Path) -> DryRun:
+    """Runs the teacher for about two seconds and extrapolates; writes nothing."""
+    plan, options = job.plan, job.options
+    rows = (plan.samples or 0) * len(plan.views)
+    given = iter([Claim(0, 0, 0, rows)])
+    sampler = ShardBatches(lambda: next(given, None), options.batch_size)
+    begun = forwarded = 0.0
+    done = 0
+    for number, (_, start, stop, fed) in enumerate(
+        batches(job.items, sampler, workers=options.workers, pin_memory=job.device.type == "cuda")
+    ):
+        if number == 1:  # the first batch pays for warming up
+            begun, done, forwarded = time.perf_counter(), 0, 0.0
+        tick = time.perf_counter()
+        encode(plan.schema.encoding, forward(job.teacher.module, fed.inputs, job.device, options)).bad.cpu()
+        forwarded += time.perf_counter() - tick
+        begun = begun or tick
+        done += stop - start
+        if time.perf_counter() - begun > _MEASURE_SECONDS:
+            break
+    rate = done / max(1e-9, time.perf_counter() - begun)
+    # A live teacher costs a student its forward passes, every epoch; the dump costs them once, with loading.
+    epochs = (rows / rate) / max(1e-9, rows * forwarded / max(1, done))
+    return DryRun(
+        rows=rows,
+        bytes=planned_bytes(plan),
+        bytes_per_row=plan.schema.payload_row_bytes,
+        shards=plan.shard_count,
+        free_bytes=free_bytes(out),
+        rows_per_second=round(rate, 1),
+        seconds=round(rows / rate, 1),
+        break_even_epochs=round(epochs, 2),
+        break_even_students=max(1, math.ceil(epochs / options.epochs)),
+        epochs=options.epochs,
+    )
+
+
+def _target(out: str | Path | None, options: PrecomputeOptions) -> Path:
+    path = out if out is not None else options.out
+    if path is None:
+        raise UsageError("--out is needed: a folder for the cache, or a name ending in .h5 for one file")
+    return Path(path)
+
+
+def _data(dataset: Any, options: PrecomputeOptions) -> LoadedData:
+    if isinstance(dataset, LoadedData):
+        return dataset
+    if dataset is None:
+        if options.data is None:
+            raise UsageError(
+                "--data is needed: digits:train, npz:FILE, idx:FOLDER:train, folder:PATH or module:factory"
+            )
+        return load_data(options.data)
+    name = type(dataset).__name__
+    classes = getattr(dataset, "classes", None)
+    names = tuple(classes) if isinstance(classes, (list, tuple)) and all(isinstance(c, str) for c in classes) else None
+    facts = data_provenance(
+        name=name, rows=length(dataset), id_scheme=None, sample_ids=None, inputs=None, classes=names
+    )
+    return LoadedData(dataset, name, len(names) if names else None, names, None, facts)
+
+
+def _teacher(
+    model: nn.Module | LoadedTeacher | None, transform: Callable[[Any], Any] | None, options: PrecomputeOptions
+) -> LoadedTeacher:
+    if isinstance(model, LoadedTeacher):
+        return model
+    if model is None:
+        if options.teacher is None:
+            raise UsageError("--teacher is needed: module:factory or pt2:FILE")
+        return load_teacher(options.teacher, weights=options.weights)
+    model.eval()
+    facts = {
+        "spec": type(model).__qualname__,
+        "state_sha256": state_sha256(model),
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+    return LoadedTeacher(model, transform, facts)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that `auto`, `cpu`, `cuda`, `cuda:1` ... names, with this rank's GPU under a launcher.
+
+    Raises:
+        UsageError: unknown, or not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"--device {name!r} is not known; choose auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: this torch sees no GPU; choose cpu, or run `kdcache doctor`")
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", discover().local_rank % torch.cuda.device_count())
+    return device
+
+
+@contextmanager
+def torch_threads(threads: int | None) -> Iterator[None]:
+    """Sets torch's threads on the CPU for the block; another number would move logits in the last bit."""
+    before = torch.get_num_threads()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def summary(result: PrecomputeResult | DryRun) -> dict[str, Any]:
+    """For `--json`."""
+    value = asdict(result)
+    if isinstance(result, PrecomputeResult):
+        value["finished"] = result.finished
+    return value

@@ -1,0 +1,80 @@
+"""`kdcache distill`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import kdcache
+
+BASE = ("distill", "--student", "mlp:64-16-10", "--data", "digits:train", "--steps", "3")
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache for digits:train whose logits are noise."""
+    path = tmp_path_factory.mktemp("cache") / "teacher.h5"
+    logits = np.random.default_rng(0).normal(size=(1300, 10)).astype(np.float32)
+    with kdcache.Writer(path, classes=10) as writer:
+        writer.write(np.arange(1300), logits)
+    return path
+
+
+def test_a_student_learns_from_a_cache_and_its_weights_are_a_plain_state_dict(
+    run, teacher: Path, tmp_path: Path
+) -> None:
+    result = run(*BASE, "--cache", teacher, "--val", "digits:test", "--out", tmp_path / "run", "--json")
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["steps"] == 3
+    assert report["out"] == str(tmp_path / "run")
+    state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    assert all(isinstance(value, torch.Tensor) for value in state.values())
+    assert json.loads((tmp_path / "run" / "run.json").read_text())
+
+
+def test_alpha_0_needs_no_cache(run, tmp_path: Path) -> None:
+    assert run(*BASE, "--alpha", "0", "--out", tmp_path / "run").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--alpha", "1.5"), "--alpha"),
+        (("--temperature", "0"), "--temperature"),
+        (("--alpha", "0.5"), "--cache"),
+        (("--alpha", "0", "--epochs", "2"), "exclude each other"),
+        (("--alpha", "0", "--optimizer", "adam"), "adamw"),
+    ],
+)
+def test_what_cannot_be_meant_is_a_usage_error_that_names_it(run, arguments: tuple[str, ...], message: str) -> None:
+    result = run(*BASE, *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+def test_a_student_with_another_number_of_classes_is_a_mismatch(run, teacher: Path) -> None:
+    result = run("distill", "--student", "mlp:64-16-7", "--data", "digits:train", "--cache", teacher)
+    assert result.exit_code == 5
+
+
+def test_samples_that_the_cache_lacks_are_a_mismatch_unless_asked_for(run, teacher: Path, tmp_path: Path) -> None:
+    arguments = ("distill", "--student", "mlp:64-16-10", "--data", "digits:test", "--steps", "1", "--cache", teacher)
+    assert run(*arguments).exit_code == 5
+    assert run(*arguments, "--missing", "ce").exit_code == 0
+
+
+def test_a_run_that_is_there_is_neither_replaced_nor_resumed_unasked(run, tmp_path: Path) -> None:
+    arguments = (*BASE, "--alpha", "0", "--out", tmp_path / "run")
+    assert run(*arguments).exit_code == 0
+    assert run(*arguments).exit_code == 2
+    assert run(*arguments, "--overwrite").exit_code == 0
+
+
+def test_a_truncated_cache_is_corrupt(run, teacher: Path, tmp_path: Path) -> None:
+    (tmp_path / "short.h5").write_bytes(teacher.read_bytes()[:-100])
+    assert run(*BASE, "--cache", tmp_path / "short.h5").exit_code == 3
