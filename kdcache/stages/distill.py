@@ -33,7 +33,7 @@ from kdcache.stages.order import Order
 from kdcache.stages.parallel import Team, team
 from kdcache.stages.progress import Progress
 from kdcache.stages.resuming import check_same_run, restore_run
-from kdcache.stages.run_record import describe_source, now, prepare_folder, read_record, write_record
+from kdcache.stages.run_record import check_folder, describe_source, now, prepare_folder, read_record, write_record
 from kdcache.stages.signals import StopRequest, graceful_signals
 from kdcache.stages.training import State, Trainer
 from kdcache.store.cache import Cache
@@ -95,11 +95,16 @@ def distill(
         KDCacheError: the loss is not finite.
     """
     options = resolve(options)
+    # Without a folder nothing could be saved, so a signal then means what it always does.
+    signals = contextlib.nullcontext(StopRequest()) if options.out is None else graceful_signals()
     with (
         team(options.device) as ranks,
         _threads(options.threads),
         checkpoint.own_generators(options.seed, ranks.device),
+        signals as stop,
     ):
+        if ranks.is_first and options.out is not None:
+            check_folder(Path(options.out), resume=options.resume, overwrite=options.overwrite)
         train_data, train_cache = _chosen("data", data, options), cache or options.cache
         source = open_source(train_data, train_cache, missing=options.missing, name="training")
         held_out = None
@@ -111,7 +116,7 @@ def distill(
         ranks.copy_from_first([*net.parameters(), *net.buffers()])
         checkpoint.seed_generators((options.seed + RANK_SEED_STEP * ranks.rank) % 2**63)
         trainer = _build_trainer(net, width, source, options, ranks)
-        return _run(Job(options, trainer, source, held_out))
+        return _run(Job(options, trainer, source, held_out), stop)
 
 
 def _build_trainer(net: nn.Module, width: int, train: Source, options: DistillOptions, ranks: Team) -> Trainer:
@@ -150,12 +155,12 @@ def _build_trainer(net: nn.Module, width: int, train: Source, options: DistillOp
     )
 
 
-def _run(job: Job) -> RunResult:
+def _run(job: Job, stop: StopRequest) -> RunResult:
     options, ranks, out = job.options, job.trainer.team, job.out
     state, metrics_bytes, record = State(), 0, _new_record(job)
     if out is not None:
         if ranks.is_first:
-            prepare_folder(out, resume=options.resume, overwrite=options.overwrite)
+            prepare_folder(out, overwrite=options.overwrite)
         checkpoint_path = out / checkpoint.RESUME_NAME
         has_checkpoint, is_done = ranks.any(
             [
@@ -168,22 +173,20 @@ def _run(job: Job) -> RunResult:
         if has_checkpoint:
             state, metrics_bytes = restore_run(checkpoint_path, job.trainer, identity=job.identity)
             record["started"] = read_record(out).get("started", record["started"])
-        if ranks.is_first:
-            write_record(out, record)
-    _announce(job, state)
     folder = out if ranks.is_first else None
     log = MetricsLog(folder, keep_bytes=metrics_bytes, tensorboard=options.tensorboard, step=state.step)
-    # Without a folder nothing could be saved, so a signal then means what it always does.
-    signals = graceful_signals() if out is not None else contextlib.nullcontext(StopRequest())
+    if folder is not None:
+        write_record(folder, record)
+    _announce(job, state)
     shown = ranks.is_first and not options.quiet
     bar = Progress(job.total_steps, what="distill", unit="step", done=state.step, enabled=shown)
-    with signals as stop, bar, contextlib.closing(log):
+    with bar, contextlib.closing(log):
         train(job, state, log, stop, bar)
     record = {**record, "status": "done", "finished": now(), **_results(state)}
-    if out is not None and ranks.is_first:
-        checkpoint.save(out / checkpoint.LAST_NAME, checkpoint.state_dict(job.trainer.student))
-        write_record(out, record)
-        checkpoint_path.unlink(missing_ok=True)
+    if folder is not None:
+        checkpoint.save(folder / checkpoint.LAST_NAME, checkpoint.state_dict(job.trainer.student))
+        write_record(folder, record)
+        (folder / checkpoint.RESUME_NAME).unlink(missing_ok=True)
     return RunResult(job.trainer.student.eval(), out, state.step, state.last, state.best, record)
 
 

@@ -165,7 +165,12 @@ def open_student(
     student.to(device).eval()
     with torch.no_grad():
         inputs = Batch(example.inputs, None, None).to(device, num_classes=known or 1).inputs
-        width = call_model(student, inputs, what="student").shape[1]
+        logits = call_model(student, inputs, what="student")
+    if logits.ndim < 2 or not logits.is_floating_point():
+        raise UsageError(
+            f"for one row the student gives {logits.dtype} of shape {tuple(logits.shape)}; expected logits (1, C, ...)"
+        )
+    width = logits.shape[1]
     if options.init is not None:
         load_weights(student, Path(options.init))
     if source.cache is not None and width != source.cache.num_classes:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kdcache.errors import UsageError
-from kdcache.stages.choices import AMP, DEFAULT_LR, DEFAULT_WEIGHT_DECAY, OPTIMIZERS, SCHEDULES
+from kdcache.stages.choices import AMP, DEFAULT_LR, DEFAULT_WEIGHT_DECAY, OPTIMIZERS, SCHEDULES, listed
 
 MISSING = ("error", "ce", "skip")
 CHECKS = ("ids", "sample", "full")
@@ -61,9 +61,11 @@ class DistillOptions:
     grad_accumulation: int = _option(1, "Forward passes that a rank divides its rows of a step into.", group="training")
     clip_norm: float | None = _option(None, "Largest L2 norm of a step's gradient.", group="training")
     optimizer: str = _option("sgd", "Optimiser.", group="training", choices=OPTIMIZERS)
-    lr: float | None = _option(None, f"Learning rate ({DEFAULT_LR}).", group="training")
+    lr: float | None = _option(None, f"Learning rate (default: {listed(DEFAULT_LR)}).", group="training")
     momentum: float = _option(0.9, "Momentum of SGD.", group="training")
-    weight_decay: float | None = _option(None, f"Weight decay ({DEFAULT_WEIGHT_DECAY}).", group="training")
+    weight_decay: float | None = _option(
+        None, f"Weight decay (default: {listed(DEFAULT_WEIGHT_DECAY)}).", group="training"
+    )
     schedule: str = _option("cosine", "Course of the learning rate.", group="training", choices=SCHEDULES)
     warmup: int = _option(0, "Steps of linear warm-up.", group="training")
     amp: str = _option("none", "Mixed precision.", group="training", choices=AMP)

@@ -41,16 +41,14 @@ class MetricsLog:
     def __init__(self, folder: Path | None, *, keep_bytes: int = 0, tensorboard: bool = False, step: int = 0) -> None:
         self._file = None
         self._scalars: ScalarWriter | None = None
-        self.last: dict[str, Any] = {}
         if folder is not None:
-            self._file = (folder / METRICS_NAME).open("ab")
-            self._file.truncate(min(keep_bytes, self._file.tell()))
             if tensorboard:
                 self._scalars = _summary_writer(folder / TENSORBOARD_NAME, step)
+            self._file = (folder / METRICS_NAME).open("ab")
+            self._file.truncate(min(keep_bytes, self._file.tell()))
 
     def write(self, record: dict[str, Any]) -> None:
         """Appends one line; keys `step` and `event` are expected, numbers must be finite."""
-        self.last = record
         if self._file is not None:
             self._file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
             self._file.flush()

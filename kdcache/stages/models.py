@@ -29,6 +29,7 @@ class MLP(nn.Sequential):
     Args:
         widths: inputs, hidden layers, classes; at least two.
 
+    >>> import torch
     >>> MLP((784, 128, 10))(torch.zeros(2, 1, 28, 28)).shape
     torch.Size([2, 10])
     """

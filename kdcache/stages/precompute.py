@@ -7,10 +7,8 @@ next free shard, and the last one writes the manifest. Running it again goes on 
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,8 @@ from torch import nn
 from kdcache.errors import InterruptedRunError, UsageError
 from kdcache.format.headers import FileHeader
 from kdcache.stages.data import LoadedData, load_data
+from kdcache.stages.devices import pick_device, torch_threads
+from kdcache.stages.dry_run import DryRun, measure
 from kdcache.stages.dump_feed import Claim, ShardBatches, batches
 from kdcache.stages.dump_plan import (
     Job,
@@ -28,7 +28,6 @@ from kdcache.stages.dump_plan import (
     check_logits,
     early_checks,
     forward,
-    free_bytes,
     limited_ids,
     make_job,
     planned_bytes,
@@ -52,7 +51,6 @@ from kdcache.train.ids import length, resolve
 from kdcache.train.ranks import discover
 
 _POLL_SECONDS = 0.5
-_MEASURE_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -81,35 +79,6 @@ class PrecomputeResult:
     def finished(self) -> bool:
         """Whether the cache is complete."""
         return self.root is not None
-
-
-@dataclass(frozen=True)
-class DryRun:
-    """What a dump would cost; nothing was written.
-
-    Attributes:
-        rows: rows of the dump.
-        bytes: on disk.
-        bytes_per_row: payload of the encoding alone.
-        shards: files.
-        free_bytes: on the disk of --out.
-        rows_per_second: measured on the first batches, loading included.
-        seconds: estimated for one process.
-        break_even_epochs: epochs of one student with a live teacher that cost as much as the dump.
-        break_even_students: students of `epochs` epochs after which the dump has paid for itself.
-        epochs: that estimate's epochs a student.
-    """
-
-    rows: int
-    bytes: int
-    bytes_per_row: int
-    shards: int
-    free_bytes: int
-    rows_per_second: float
-    seconds: float
-    break_even_epochs: float
-    break_even_students: int
-    epochs: int
 
 
 def precompute(
@@ -318,43 +287,6 @@ def _result(job: Job, out: Path, root: str | None, *, computed: int, seconds: fl
     )
 
 
-def measure(job: Job, out: Path) -> DryRun:
-    """Runs the teacher for about two seconds and extrapolates; writes nothing."""
-    plan, options = job.plan, job.options
-    rows = (plan.samples or 0) * len(plan.views)
-    given = iter([Claim(0, 0, 0, rows)])
-    sampler = ShardBatches(lambda: next(given, None), options.batch_size)
-    begun = forwarded = 0.0
-    done = 0
-    for number, (_, start, stop, fed) in enumerate(
-        batches(job.items, sampler, workers=options.workers, pin_memory=job.device.type == "cuda")
-    ):
-        if number == 1:  # the first batch pays for warming up
-            begun, done, forwarded = time.perf_counter(), 0, 0.0
-        tick = time.perf_counter()
-        encode(plan.schema.encoding, forward(job.teacher.module, fed.inputs, job.device, options)).bad.cpu()
-        forwarded += time.perf_counter() - tick
-        begun = begun or tick
-        done += stop - start
-        if time.perf_counter() - begun > _MEASURE_SECONDS:
-            break
-    rate = done / max(1e-9, time.perf_counter() - begun)
-    # A live teacher costs a student its forward passes, every epoch; the dump costs them once, with loading.
-    epochs = (rows / rate) / max(1e-9, rows * forwarded / max(1, done))
-    return DryRun(
-        rows=rows,
-        bytes=planned_bytes(plan),
-        bytes_per_row=plan.schema.payload_row_bytes,
-        shards=plan.shard_count,
-        free_bytes=free_bytes(out),
-        rows_per_second=round(rate, 1),
-        seconds=round(rows / rate, 1),
-        break_even_epochs=round(epochs, 2),
-        break_even_students=max(1, math.ceil(epochs / options.epochs)),
-        epochs=options.epochs,
-    )
-
-
 def _target(out: str | Path | None, options: PrecomputeOptions) -> Path:
     path = out if out is not None else options.out
     if path is None:
@@ -396,37 +328,6 @@ def _teacher(
         "parameters": sum(p.numel() for p in model.parameters()),
     }
     return LoadedTeacher(model, transform, facts)
-
-
-def pick_device(name: str) -> torch.device:
-    """The device that `auto`, `cpu`, `cuda`, `cuda:1` ... names, with this rank's GPU under a launcher.
-
-    Raises:
-        UsageError: unknown, or not there.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UsageError(f"--device {name!r} is not known; choose auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: this torch sees no GPU; choose cpu, or run `kdcache doctor`")
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", discover().local_rank % torch.cuda.device_count())
-    return device
-
-
-@contextmanager
-def torch_threads(threads: int | None) -> Iterator[None]:
-    """Sets torch's threads on the CPU for the block; another number would move logits in the last bit."""
-    before = torch.get_num_threads()
-    if threads is not None:
-        torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def summary(result: PrecomputeResult | DryRun) -> dict[str, Any]:

@@ -26,12 +26,11 @@ RECORD_FORMAT = 1
 RUN_FILES = (RECORD_NAME, METRICS_NAME, BEST_NAME, LAST_NAME, RESUME_NAME)
 
 
-def prepare_folder(out: Path, *, resume: bool, overwrite: bool) -> None:
-    """Makes the folder of a run; an earlier run in it stays only to be resumed.
+def check_folder(out: Path, *, resume: bool, overwrite: bool) -> None:
+    """Refuses a folder that is taken, before anything is loaded.
 
     Raises:
         UsageError: `out` is a file, or holds a run and neither `resume` nor `overwrite` is asked for.
-        StorageError: it cannot be written.
     """
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {out.name} is a file; a run needs a folder")
@@ -41,6 +40,14 @@ def prepare_folder(out: Path, *, resume: bool, overwrite: bool) -> None:
             f"--out {out.name} holds a run ({', '.join(holds)}): go on with it with --resume, replace it with "
             "--overwrite, or choose another folder"
         )
+
+
+def prepare_folder(out: Path, *, overwrite: bool) -> None:
+    """Makes the folder of a run; with `overwrite` the run in it goes.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
         for left in out.glob(".tmp-*"):  # of a process that was killed while it wrote

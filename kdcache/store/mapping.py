@@ -59,7 +59,7 @@ class Region:
 
     def take(self, rows: np.ndarray, out: np.ndarray) -> None:
         """Copies the grid rows `rows` (n,) into `out` (n, ...); they must be mapped and in range."""
-        np.take(self.array, rows, axis=0, out=out, mode="clip")
+        self.array.take(rows, 0, out, "clip")
 
     def place(self, fd: int, offset: int, row: int, rows: int) -> None:
         """Makes `rows` rows, which lie at `offset` of a file, appear from grid row `row` on.

@@ -94,7 +94,7 @@ class Writer:
             refuse_foreign(self._folder)
             if self.path.is_file() or any(self._folder.iterdir()):
                 raise UsageError(
-                    f"{self.path} exists; pass resume=True to go on with it, overwrite=True to replace it, or use another"
+                    f"{self.path} exists; pass resume=True to go on, overwrite=True to replace it, or another path"
                 )
         if self._resume:
             self._read_back()
@@ -349,8 +349,8 @@ def fit_ids(ids: np.ndarray, schema: RowSchema) -> np.ndarray:
         lengths = np.char.str_len(ids)
         if int(lengths.max()) > np.dtype(schema.id_dtype).itemsize:
             raise DataError(
-                f"the sample id {show_id(ids[int(lengths.argmax())])} is longer than the "
-                f"{schema.id_dtype[2:]} bytes that the first batch asked for; pass id_bytes= with the length of the longest id"
+                f"the sample id {show_id(ids[int(lengths.argmax())])} is longer than the {schema.id_dtype[2:]} bytes "
+                "that the first batch asked for; pass id_bytes= with the length of the longest id"
             )
     return ids.astype(schema.id_dtype)
 

@@ -6,11 +6,11 @@ import hashlib
 import re
 from pathlib import Path
 
-import kdcache_data
 import numpy as np
 import pytest
 import torch
 
+import kdcache_data
 from kdcache.errors import UsageError
 from kdcache.stages.data import load_data
 from kdcache.stages.data_digits import PARTS

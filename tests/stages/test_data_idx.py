@@ -99,7 +99,7 @@ def test_no_images_at_all_is_a_data_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("zipped", [False, True])
 def test_a_short_and_a_long_file_say_so(tmp_path: Path, zipped: bool) -> None:
-    with pytest.raises(DataError, match="ends after 119 of 120|promises 120"):
+    with pytest.raises(DataError, match=r"ends after 119 of 120|promises 120"):
         load_data(f"idx:{write(tmp_path, images=IMAGE_BYTES[:-1], labels=idx(LABELS), zipped=zipped)}:train")
     with pytest.raises(DataError, match="goes on after"):
         load_data(f"idx:{write(tmp_path, images=IMAGE_BYTES + b'!', labels=idx(LABELS), zipped=zipped)}:train")

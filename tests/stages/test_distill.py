@@ -255,7 +255,7 @@ def test_without_validation_data_there_is_no_best(toy: Any, tmp_path: Path) -> N
 
 def test_a_run_can_be_made_of_specs_alone(tmp_path: Path) -> None:
     options = replace(
-        OPTIONS, student="mlp:64-16-10", data="digits:train", val="digits:test", alpha=0.0, epochs=1, batch_size=64
+        OPTIONS, student="mlp:64-16-10", data="digits:train", val="digits:test", alpha=0.0, epochs=5, batch_size=64
     )
     result = distill(replace(options, out=str(tmp_path / "run")))
     assert result.last["val_accuracy"] > 0.5

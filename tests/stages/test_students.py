@@ -67,10 +67,10 @@ def test_a_cnn_adapts_to_channels_size_and_classes(size: str, shape: tuple[int, 
     assert load_student(f"cnn:{size}", num_classes=7, example=images)(images).shape == (2, 7)
 
 
-@pytest.mark.parametrize(("size", "expected"), [("TINY", 18_570), ("SMALL", 163_306), ("BASE", 1_149_898)])
+@pytest.mark.parametrize(("size", "expected"), [("TINY", 18_626), ("SMALL", 162_994), ("BASE", 1_148_874)])
 def test_the_sizes_are_those_that_are_documented(size: str, expected: int) -> None:
     count = parameters(CNN(size, in_channels=3, num_classes=10, pixels=32))
-    assert count == pytest.approx(expected, rel=0.03)
+    assert count == expected
     assert f"{size} {round(count, -3 if count < 10**6 else -4):,}" in str(CNN.__doc__)
 
 
@@ -88,7 +88,7 @@ def test_the_same_seed_gives_the_same_student() -> None:
     assert torch.equal(build()(CIFAR), build()(CIFAR))
 
 
-def test_a_cnn_learns(request: pytest.FixtureRequest) -> None:
+def test_a_cnn_learns() -> None:
     torch.manual_seed(0)
     images, labels = torch.rand(16, 1, 8, 8), torch.arange(16) % 4
     student = load_student("cnn:TINY", num_classes=4, example=images)

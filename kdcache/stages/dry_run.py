@@ -1,0 +1,80 @@
+"""`--dry-run`: what a dump would cost, measured on its first batches; nothing is written."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from kdcache.stages.dump_feed import Claim, ShardBatches, batches
+from kdcache.stages.dump_plan import Job, forward, free_bytes, planned_bytes
+from kdcache.train.encode import encode
+
+_MEASURE_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a dump would cost; nothing was written.
+
+    Attributes:
+        rows: rows of the dump.
+        bytes: on disk.
+        bytes_per_row: payload of the encoding alone.
+        shards: files.
+        free_bytes: on the disk of --out.
+        rows_per_second: measured on the first batches, loading included.
+        seconds: estimated for one process.
+        break_even_epochs: epochs of one student with a live teacher that cost as much as the dump.
+        break_even_students: students of `epochs` epochs after which the dump has paid for itself.
+        epochs: that estimate's epochs a student.
+    """
+
+    rows: int
+    bytes: int
+    bytes_per_row: int
+    shards: int
+    free_bytes: int
+    rows_per_second: float
+    seconds: float
+    break_even_epochs: float
+    break_even_students: int
+    epochs: int
+
+
+def measure(job: Job, out: Path) -> DryRun:
+    """Runs the teacher for about two seconds and extrapolates; writes nothing."""
+    plan, options = job.plan, job.options
+    rows = (plan.samples or 0) * len(plan.views)
+    given = iter([Claim(0, 0, 0, rows)])
+    sampler = ShardBatches(lambda: next(given, None), options.batch_size)
+    begun = forwarded = 0.0
+    done = 0
+    for number, (_, start, stop, fed) in enumerate(
+        batches(job.items, sampler, workers=options.workers, pin_memory=job.device.type == "cuda")
+    ):
+        if number == 1:  # the first batch pays for warming up
+            begun, done, forwarded = time.perf_counter(), 0, 0.0
+        tick = time.perf_counter()
+        encode(plan.schema.encoding, forward(job.teacher.module, fed.inputs, job.device, options)).bad.cpu()
+        forwarded += time.perf_counter() - tick
+        begun = begun or tick
+        done += stop - start
+        if time.perf_counter() - begun > _MEASURE_SECONDS:
+            break
+    rate = done / max(1e-9, time.perf_counter() - begun)
+    # A live teacher costs a student its forward passes, every epoch; the dump costs them once, with loading.
+    epochs = (rows / rate) / max(1e-9, rows * forwarded / max(1, done))
+    return DryRun(
+        rows=rows,
+        bytes=planned_bytes(plan),
+        bytes_per_row=plan.schema.payload_row_bytes,
+        shards=plan.shard_count,
+        free_bytes=free_bytes(out),
+        rows_per_second=round(rate, 1),
+        seconds=round(rows / rate, 1),
+        break_even_epochs=round(epochs, 2),
+        break_even_students=max(1, math.ceil(epochs / options.epochs)),
+        epochs=options.epochs,
+    )
