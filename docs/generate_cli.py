@@ -45,7 +45,7 @@ Every option can also be set in the environment and in a TOML file. Of several s
 
 def render() -> str:
     """The whole page."""
-    root = click.Context(cli, info_name="kdcache")
+    root = click.Context(cli, info_name="kdcache", **cli.context_settings)
     return "\n".join([INTRODUCTION, *(_section(root, name) for name in COMMANDS)])
 
 

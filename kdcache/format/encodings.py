@@ -17,6 +17,7 @@ from kdcache.errors import LogitsError, UsageError
 from kdcache.format.arrays import ArraySpec
 
 FLOAT16_LOWEST = -65504.0
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 DTYPES = {"float16": "<f2", "float32": "<f4"}
 
 
@@ -68,7 +69,7 @@ class EncodedRows:
 def bad_rows(logits: np.ndarray) -> np.ndarray:
     """Positions of rows that cannot be stored: NaN, +inf, or no finite class at some position.
 
-    -inf alone is a masked class and is allowed.
+    -inf alone is a masked class and is allowed. A float64 above the float32 range counts as +inf.
 
     Args:
         logits: (N, C, ...) floats.
@@ -77,14 +78,16 @@ def bad_rows(logits: np.ndarray) -> np.ndarray:
         (n,) int64 positions, ascending.
     """
     top = logits.max(axis=1)  # NaN propagates; +inf and a row of -inf alone show as infinite
-    return np.flatnonzero(~np.isfinite(top).reshape(len(logits), -1).all(axis=1))
+    good = np.isfinite(top) & (top <= FLOAT32_MAX)
+    return np.flatnonzero(~good.all(axis=tuple(range(1, good.ndim))))
 
 
 def encode(encoding: Encoding, logits: np.ndarray) -> EncodedRows:
     """Encodes raw logits.
 
     float16: `row_max` = max over classes (float32), `logits` = logits - row_max rounded to float16,
-    finite values below -65,504 clamped to it and counted; -inf kept. float32: `logits` as they are.
+    finite values below -65,504 clamped to it and counted; -inf kept. float32: `logits` as they are, but
+    that float64 values below the float32 range are clamped to it and counted.
 
     Args:
         encoding: the target.
@@ -97,19 +100,29 @@ def encode(encoding: Encoding, logits: np.ndarray) -> EncodedRows:
         raise LogitsError(f"logits have shape {logits.shape}, expected (N, {', '.join(map(str, encoding.row_shape))})")
     if logits.dtype.kind != "f":
         raise LogitsError(f"logits must be floating point, found {logits.dtype}")
-    exact = logits.astype(np.float32, copy=False)
-    bad = bad_rows(exact)
+    bad = bad_rows(logits)
     if bad.size:
         raise LogitsError(f"{bad.size} rows hold NaN, +inf or -inf alone; the first at position {bad[0]} of this batch")
+    exact, clamped = _as_float32(logits)
     if encoding.dtype == "float32":
-        return EncodedRows({"logits": np.ascontiguousarray(exact, "<f4")}, 0)
+        return EncodedRows({"logits": np.ascontiguousarray(exact, "<f4")}, clamped)
     row_max = exact.max(axis=1)
-    shifted = exact - np.expand_dims(row_max, 1)
+    with np.errstate(over="ignore"):  # the difference of two finite float32 may be -inf: it is clamped below
+        shifted = exact - np.expand_dims(row_max, 1)
     low = (shifted < FLOAT16_LOWEST) & np.isfinite(exact)
     clamped = int(np.count_nonzero(low))
     if clamped:
         shifted[low] = FLOAT16_LOWEST
     return EncodedRows({"logits": shifted.astype("<f2"), "row_max": np.ascontiguousarray(row_max, "<f4")}, clamped)
+
+
+def _as_float32(logits: np.ndarray) -> tuple[np.ndarray, int]:
+    """float32 logits; a float64 below its range would turn into -inf, a masked class, and is clamped instead."""
+    if logits.dtype != np.float64:
+        return logits.astype(np.float32, copy=False), 0
+    low = (logits < -FLOAT32_MAX) & np.isfinite(logits)
+    clamped = int(np.count_nonzero(low))
+    return (np.where(low, -FLOAT32_MAX, logits) if clamped else logits).astype(np.float32), clamped
 
 
 def decode(encoding: Encoding, arrays: dict[str, Any]) -> Any:

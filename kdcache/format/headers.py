@@ -13,7 +13,7 @@ from typing import Any
 
 from kdcache.errors import CorruptCacheError, UsageError
 from kdcache.format.identity import canonical_json
-from kdcache.format.manifest import ClassList, check_version, parse_classes
+from kdcache.format.manifest import HEX64, ClassList, check_version, parse_classes, parse_provenance
 from kdcache.format.schema import FORMAT_VERSION, MAX_ATTRIBUTE_BYTES, MAX_VIEWS, RowSchema, schema_from_json
 from kdcache.format.strict_json import load_json
 
@@ -102,8 +102,8 @@ def parse_file_header(text: str, *, rows: int, where: str) -> FileHeader:
         pair = isinstance(ids, list) and len(ids) == 2 and all(type(i) is int and -(2**63) <= i < 2**63 for i in ids)
         if not pair or ids[1] - ids[0] + 1 != samples or schema.id_dtype != "<i8":
             raise CorruptCacheError(f"{where}: the id range {ids!r:.80} does not fit {samples} consecutive integers")
-    payload, provenance = value.get("payload_sha256"), value.get("provenance")
-    if not isinstance(payload, str) or len(payload) != 64 or not isinstance(provenance, dict):
-        raise CorruptCacheError(f"{where}: payload_sha256 and provenance are needed")
+    payload, provenance = value.get("payload_sha256"), parse_provenance(value.get("provenance"), where=where)
+    if not isinstance(payload, str) or not HEX64.fullmatch(payload):
+        raise CorruptCacheError(f"{where}: payload_sha256 is not 64 hexadecimal digits")
     classes = parse_classes(value.get("classes"), schema, where=where)
     return FileHeader(schema, classes, samples, tuple(views), tuple(ids) if ids else None, provenance, payload)

@@ -28,7 +28,8 @@ def as_sample_ids(values: Any) -> np.ndarray:
         (N,) int64, or (N,) fixed-length bytes (`S<n>`). Uniqueness is not checked here.
 
     Raises:
-        DataError: mixed kinds, floats, empty ids, ids ending in a NUL byte, ids above 1,024 bytes.
+        DataError: one id instead of a sequence, mixed kinds, floats, empty ids, ids ending in a NUL byte, ids
+            above 1,024 bytes, text that is not Unicode.
 
     >>> as_sample_ids(["cat/1.png", "dog/12.png"])
     array([b'cat/1.png', b'dog/12.png'], dtype='|S10')
@@ -37,6 +38,8 @@ def as_sample_ids(values: Any) -> np.ndarray:
     if array is None and hasattr(values, "numpy"):  # a tensor, without importing torch
         array = values.detach().cpu().numpy()
     if array is None:
+        if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+            raise DataError(f"sample ids must be a sequence of ids, found one {type(values).__name__}: {values!r:.80}")
         return _from_sequence(list(values))
     if array.ndim != 1:
         raise DataError(f"sample ids must be one-dimensional, found shape {array.shape}")
@@ -59,7 +62,10 @@ def _from_sequence(values: list[Any]) -> np.ndarray:
         except OverflowError:
             raise DataError("sample ids must fit int64: found a larger one") from None
     if all(isinstance(v, (str, bytes)) for v in values):
-        encoded = [v.encode("utf-8", "surrogateescape") if isinstance(v, str) else bytes(v) for v in values]
+        try:
+            encoded = [v.encode("utf-8", "surrogateescape") if isinstance(v, str) else bytes(v) for v in values]
+        except UnicodeEncodeError as error:
+            raise DataError(f"the sample id {error.object!r:.80} is not Unicode text: {error.reason}") from None
         longest = max(map(len, encoded))
         if min(map(len, encoded)) == 0:
             raise DataError("sample ids must not be empty")
@@ -109,10 +115,11 @@ def input_digest(value: Any) -> int:
         if str(value.dtype) == "torch.bfloat16":
             value = value.float()
         value = value.numpy()
-    array = np.ascontiguousarray(value)
-    if array.dtype.kind not in "biufc":
-        raise DataError(f"an input digest needs numbers, found {type(value).__name__} of {array.dtype}")
-    head = f"{array.dtype.newbyteorder('<').str}{np.shape(value)}".encode()
+    given = np.asarray(value)
+    if given.dtype.kind not in "biufc":
+        raise DataError(f"an input digest needs numbers, found {type(value).__name__} of {given.dtype}")
+    array = np.ascontiguousarray(given, given.dtype.newbyteorder("<"))
+    head = f"{array.dtype.str}{given.shape}".encode()
     return int.from_bytes(
         hashlib.blake2b(array.tobytes(), digest_size=8, key=hashlib.sha256(head).digest()).digest(), "little"
     )

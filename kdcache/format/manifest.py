@@ -2,7 +2,8 @@
 
 A reader of a folder parses no HDF5: offsets, types and shapes stand here, and each shard's bytes outside
 the payload are compared with a digest from here before its rows are used. The root hash covers every
-field but the date, so two teams can compare dumps with one line of text.
+field but the date, so two teams can compare dumps with one line of text; `seal` covers the date too, so
+that no bit of the file can change unseen.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from kdcache.format.identity import canonical_json, fingerprint
 from kdcache.format.schema import FORMAT_VERSION, MAX_VIEWS, RowSchema, schema_from_json
 from kdcache.format.strict_json import load_json
 
+CLASSES_FILE = "classes.json"
+MAX_INLINE_NAMES_BYTES = 65_536
 _SHARD_NAME = re.compile(r"v\d{3,5}-\d{5,9}\.h5")
-_HEX64 = re.compile(r"[0-9a-f]{64}")
+HEX64 = re.compile(r"[0-9a-f]{64}")
 
 
 def shard_name(view: int, index: int) -> str:
@@ -46,6 +49,14 @@ class ClassList:
         if with_names:
             value["names"] = list(self.names) if self.names is not None else None
         return value
+
+    @property
+    def own_file(self) -> bytes | None:
+        """The bytes of `classes.json` where the names are too long for a manifest (a vocabulary), else None."""
+        if self.names is None:
+            return None
+        text = canonical_json(list(self.names)).encode()
+        return text if len(text) > MAX_INLINE_NAMES_BYTES else None
 
 
 @dataclass(frozen=True)
@@ -108,7 +119,7 @@ class Manifest:
             "format": FORMAT_VERSION,
             "kind": "folder",
             **self.schema.to_json(),
-            "classes": self.classes.to_json(),
+            "classes": self.classes.to_json(with_names=self.classes.own_file is None),
             "samples": self.samples,
             "views": list(self.views),
             "shard_rows": self.shard_rows,
@@ -124,8 +135,13 @@ class Manifest:
     def dump(self) -> bytes:
         """The bytes of `manifest.json`: canonical JSON and a newline."""
         sealed = self.sealed()
-        text = canonical_json({**sealed._body(), "created": sealed.created, "root": sealed.root})
-        return text.encode() + b"\n"
+        ends = {"created": sealed.created, "root": sealed.root, "seal": seal(sealed.created, sealed.root)}
+        return canonical_json({**sealed._body(), **ends}).encode() + b"\n"
+
+
+def seal(created: str | None, root: str) -> str:
+    """sha256 (hex) over the date and the root hash."""
+    return fingerprint([created, root])
 
 
 def parse_manifest(text: bytes, *, where: str) -> Manifest:
@@ -137,13 +153,7 @@ def parse_manifest(text: bytes, *, where: str) -> Manifest:
     value = load_json(text, where=where)
     check_version(value, kind="folder", where=where)
     schema = schema_from_json(value, where=where)
-    body = {k: v for k, v in value.items() if k not in ("created", "root")}
-    root = value.get("root")
-    if root != fingerprint(body):
-        raise CorruptCacheError(
-            f"{where}: the root hash does not match the content (written {root!r:.80}); it was edited or damaged. "
-            "Fetch the cache again, or dump it again"
-        )
+    _check_hashes(text, value, where=where)
     check = _Checks(where)
     samples, shard_rows = check.count(value, "samples"), check.count(value, "shard_rows")
     views = value.get("views")
@@ -156,18 +166,40 @@ def parse_manifest(text: bytes, *, where: str) -> Manifest:
         raise CorruptCacheError(f"{where}: shards must be a list")
     records = tuple(parse_shard(s, schema, where=f"{where}, shard {i}") for i, s in enumerate(shards))
     _check_ranges(records, tuple(views), samples, where=where)
-    provenance = value.get("provenance")
-    if not isinstance(provenance, dict):
-        raise CorruptCacheError(f"{where}: provenance must be an object")
+    provenance = parse_provenance(value.get("provenance"), where=where)
     created, predecessor = value.get("created"), value.get("predecessor")
     if created is not None and not isinstance(created, str):
         raise CorruptCacheError(f"{where}: created must be text")
-    if predecessor is not None and not (isinstance(predecessor, str) and _HEX64.fullmatch(predecessor)):
+    if predecessor is not None and not (isinstance(predecessor, str) and HEX64.fullmatch(predecessor)):
         raise CorruptCacheError(f"{where}: predecessor must be a root hash")
     classes = parse_classes(value.get("classes"), schema, where=where)
     return Manifest(
-        schema, classes, samples, tuple(views), shard_rows, provenance, records, created, predecessor, str(root)
+        schema, classes, samples, tuple(views), shard_rows, provenance, records, created, predecessor, value["root"]
     )
+
+
+def _check_hashes(text: bytes, value: dict[str, Any], *, where: str) -> None:
+    """The root hash, the seal, and that the text is canonical to the byte."""
+    created, root = value.get("created"), value.get("root")
+    body = {k: v for k, v in value.items() if k not in ("created", "root", "seal")}
+    if root != fingerprint(body) or value.get("seal") != fingerprint([created, root]):
+        raise CorruptCacheError(
+            f"{where}: the root hash does not match the content (written {root!r:.80}); it was edited or damaged. "
+            "Fetch the cache again, or dump it again"
+        )
+    if text != canonical_json(value).encode() + b"\n":
+        raise CorruptCacheError(f"{where}: not written as kdcache writes it (canonical JSON); fetch it again")
+
+
+def parse_provenance(value: Any, *, where: str) -> dict[str, Any]:
+    """The provenance of a header or manifest.
+
+    Raises:
+        CorruptCacheError: it, or its part about the teacher or the data, is not an object.
+    """
+    if not isinstance(value, dict) or not all(isinstance(value.get(k, {}), dict) for k in ("teacher", "data")):
+        raise CorruptCacheError(f"{where}: provenance, and teacher and data in it, must be objects")
+    return value
 
 
 def check_version(value: Mapping[str, Any], *, kind: str, where: str) -> None:
@@ -195,7 +227,7 @@ def parse_classes(value: Any, schema: RowSchema, *, where: str) -> ClassList:
     if not isinstance(value, dict) or value.get("count") != schema.encoding.num_classes:
         raise CorruptCacheError(f"{where}: the class count does not match the encoding's {schema.encoding.num_classes}")
     names, sha256 = value.get("names"), value.get("sha256")
-    if sha256 is not None and not (isinstance(sha256, str) and _HEX64.fullmatch(sha256)):
+    if sha256 is not None and not (isinstance(sha256, str) and HEX64.fullmatch(sha256)):
         raise CorruptCacheError(f"{where}: the hash of the class names is not a sha256")
     if names is None:
         return ClassList(schema.encoding.num_classes, None, sha256)
@@ -223,7 +255,7 @@ def parse_shard(value: Any, schema: RowSchema, *, where: str) -> ShardRecord:
     if stop <= start:
         raise CorruptCacheError(f"{where}: an empty range [{start}, {stop})")
     for key in ("sha256", "header_blake2b"):
-        if not isinstance(value[key], str) or not _HEX64.fullmatch(value[key]):
+        if not isinstance(value[key], str) or not HEX64.fullmatch(value[key]):
             raise CorruptCacheError(f"{where}: {key} is not 64 hexadecimal digits")
     arrays = _parse_arrays(value["arrays"], where=where)
     schema.check_arrays(arrays, stop - start, size, where=where)

@@ -8,16 +8,26 @@ No manifest, no cache.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 
 from kdcache.errors import CorruptCacheError, MismatchError, UsageError
 from kdcache.format.headers import shard_header
 from kdcache.format.identity import canonical_json
-from kdcache.format.manifest import Manifest, ShardRecord, parse_manifest, parse_shard, shard_name
+from kdcache.format.manifest import (
+    CLASSES_FILE,
+    ClassList,
+    Manifest,
+    ShardRecord,
+    parse_manifest,
+    parse_shard,
+    shard_name,
+)
 from kdcache.format.strict_json import MAX_JSON_BYTES, load_json
 from kdcache.store import posix
 from kdcache.store.locks import FINISH, lock_file
@@ -27,7 +37,7 @@ from kdcache.store.shards import ContainerWriter, file_sha256, remove_temporarie
 MANIFEST = "manifest.json"
 PLAN = "plan.json"
 SHARDS = "shards"
-_OURS = {MANIFEST, PLAN, SHARDS, ".lock", "README.md", "classes.json"}
+_OURS = {MANIFEST, PLAN, SHARDS, ".lock", "README.md", CLASSES_FILE}
 
 
 class DumpFolder:
@@ -120,6 +130,9 @@ class DumpFolder:
                 created=utc_now(),
             ).sealed()
             parse_manifest(manifest.dump(), where=str(self.manifest_path))  # never publish what we would refuse
+            names = self.plan.classes.own_file
+            if names is not None:
+                posix.write_file(self.folder / CLASSES_FILE, names, replace=True)
             posix.write_file(self.manifest_path, manifest.dump(), replace=False)
             self._clear()
             return manifest
@@ -201,7 +214,21 @@ def read_manifest(folder: Path) -> Manifest:
         CorruptCacheError: it is not what our writer wrote.
     """
     path = folder / MANIFEST
-    return parse_manifest(posix.read_file(path, MAX_JSON_BYTES), where=str(path))
+    manifest = parse_manifest(posix.read_file(path, MAX_JSON_BYTES), where=str(path))
+    if manifest.classes.names is None and manifest.classes.sha256 is not None:
+        return replace(manifest, classes=_read_classes(folder / CLASSES_FILE, manifest.classes))
+    return manifest
+
+
+def _read_classes(path: Path, classes: ClassList) -> ClassList:
+    """The names of a class list that has a file of its own, checked against their hash."""
+    text = posix.read_file(path, MAX_JSON_BYTES)
+    if hashlib.sha256(text).hexdigest() != classes.sha256:
+        raise CorruptCacheError(f"{path}: the class names do not match the hash in the manifest; fetch the file again")
+    names = load_json(b'{"names":' + text + b"}", where=str(path))["names"]
+    if not isinstance(names, list) or len(names) != classes.count or not all(isinstance(n, str) for n in names):
+        raise CorruptCacheError(f"{path}: expected a list of {classes.count} names")
+    return replace(classes, names=tuple(names))
 
 
 def open_dump(folder: Path, plan: Plan, *, merged: Path | None = None) -> DumpFolder:
@@ -269,7 +296,7 @@ def remove_dump(folder: Path) -> None:
 def clear_dump(folder: Path) -> None:
     """Removes the files of a dump; the caller holds the lock FINISH."""
     with posix.translated("remove", folder):
-        for name in (MANIFEST, PLAN, "README.md", "classes.json"):
+        for name in (MANIFEST, PLAN, "README.md", CLASSES_FILE):
             posix.unlink(folder / name)
         if (folder / SHARDS).is_dir():
             for entry in os.scandir(folder / SHARDS):

@@ -9,13 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from kdcache.errors import MismatchError, UsageError
+from kdcache.errors import CorruptCacheError, MismatchError, UsageError
 from kdcache.format.headers import FileHeader
 from kdcache.format.identity import canonical_json
-from kdcache.format.manifest import ClassList, Manifest, parse_classes
-from kdcache.format.schema import FORMAT_VERSION, RowSchema, schema_from_json
+from kdcache.format.manifest import ClassList, Manifest, check_version, parse_classes, parse_provenance
+from kdcache.format.schema import FORMAT_VERSION, MAX_VIEWS, RowSchema, schema_from_json
 from kdcache.format.strict_json import load_json
 
+KIND = "plan"
 DEFAULT_SHARD_BYTES = 256 << 20
 _ROW_GRID = 4096
 
@@ -67,6 +68,7 @@ class Plan:
         """As in `plan.json`."""
         return {
             "format": FORMAT_VERSION,
+            "kind": KIND,
             **self.schema.to_json(),
             "classes": self.classes.to_json(),
             "shard_rows": self.shard_rows,
@@ -87,9 +89,17 @@ def parse_plan(text: bytes, *, where: str) -> Plan:
         CorruptCacheError: not a plan of format 1.
     """
     value = load_json(text, where=where)
+    check_version(value, kind=KIND, where=where)
     schema = schema_from_json(value, where=where)
     classes = parse_classes(value.get("classes"), schema, where=where)
-    return Plan(schema, classes, int(value["shard_rows"]), value["samples"], value["provenance"], tuple(value["views"]))
+    shard_rows, samples, views = value.get("shard_rows"), value.get("samples"), value.get("views")
+    counts = [shard_rows] if samples is None else [shard_rows, samples]
+    if not all(type(n) is int and 0 < n < 2**48 for n in counts):
+        raise CorruptCacheError(f"{where}: shard_rows and samples must be positive integers")
+    if not isinstance(views, list) or not all(type(v) is int and 0 <= v < MAX_VIEWS for v in views):
+        raise CorruptCacheError(f"{where}: views must be a list of numbers below {MAX_VIEWS}")
+    provenance = parse_provenance(value.get("provenance"), where=where)
+    return Plan(schema, classes, int(shard_rows or 0), samples, provenance, tuple(views))
 
 
 def plan_of_manifest(manifest: Manifest, *, samples_known: bool) -> Plan:

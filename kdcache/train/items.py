@@ -46,9 +46,11 @@ def label_of(item: Any) -> Any | None:
     >>> label_of(("pixels", 7)), label_of({"labels": 7}), label_of("pixels")
     (7, 7, None)
     """
+    if isinstance(item, (tuple, list)):
+        return item[1] if len(item) > 1 else None
     if isinstance(item, Mapping):
         return next((item[key] for key in LABEL_KEYS if key in item), None)
-    return item[1] if isinstance(item, (tuple, list)) and len(item) > 1 else None
+    return None
 
 
 def with_part(item: Any, part: Any, *, key: str) -> Any:

@@ -83,17 +83,22 @@ class IdentifiedDataset(Dataset[Any]):
     def __getitems__(self, indices: list[int]) -> list[Any]:
         """The items at some indices (a DataLoader calls this)."""
         values = self.sample_ids[np.asarray(indices, np.int64)].tolist()
-        return [_with_id(item, value) for item, value in zip(load_items(self.dataset, indices), values, strict=True)]
+        items = load_items(self.dataset, indices)
+        return [_with_id(item, value) for item, value in zip(items, values, strict=True)]
 
 
 def collate_ids(
     batch: Sequence[SampleId], *, collate_fn_map: dict[type | tuple[type, ...], Callable[..., Any]] | None = None
 ) -> SampleIds:
     """The ids of a batch (registered with `default_collate` when this module is imported)."""
-    return SampleIds(as_sample_ids([sample.value for sample in batch]))
+    values = [sample.value for sample in batch]
+    integers = set(map(type, values)) == {int}  # the rule, and five times faster than looking at each
+    return SampleIds(np.array(values, np.int64) if integers else as_sample_ids(values))
 
 
 def _with_id(item: Any, value: int | bytes) -> Any:
+    if isinstance(item, tuple):  # first, since asking whether it is a Mapping takes as long as all the rest
+        return (*item, SampleId(value))
     if isinstance(item, Mapping):
         return {**item, SAMPLE_ID_KEY: SampleId(value)}
     return with_part(item, SampleId(value), key=SAMPLE_ID_KEY)

@@ -177,7 +177,7 @@ def test_sample_weights_are_per_row_or_per_position(shape: tuple[int, ...]) -> N
 
 
 @given(
-    signals=st.lists(st.tuples(st.booleans(), st.booleans(), st.floats(0, 4)), max_size=8),
+    signals=st.lists(st.tuples(st.booleans(), st.booleans(), st.just(0.0) | st.floats(1e-3, 4)), max_size=8),
     classes=st.integers(2, 5),
     alpha=st.floats(0, 1),
     temperature=st.floats(0.25, 32),
