@@ -29,6 +29,7 @@ from kdcache.errors import (
 from kdcache.version import __version__
 
 if TYPE_CHECKING:
+    from kdcache.format.identity import input_digest
     from kdcache.stages.distill import distill
     from kdcache.stages.distill_options import DistillOptions
     from kdcache.stages.precompute import precompute
@@ -66,6 +67,7 @@ __all__ = [
     "attach",
     "distill",
     "export",
+    "input_digest",
     "join",
     "losses",
     "merge",
@@ -85,6 +87,7 @@ _HOMES = {
     "attach": "kdcache.train.attach",
     "distill": "kdcache.stages.distill",
     "export": "kdcache.store.export",
+    "input_digest": "kdcache.format.identity",
     "join": "kdcache.train.join",
     "losses": "kdcache.train.losses",
     "merge": "kdcache.store.merge",

@@ -11,8 +11,9 @@ from hypothesis import settings
 
 # Before torch is imported anywhere: xdist already uses the cores, and child processes inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-for name in [name for name in os.environ if name.startswith("KDCACHE_") and not name.startswith("KDCACHE_CI_")]:
-    del os.environ[name]  # an option set in somebody's shell must not reach a test
+for name in [name for name in os.environ if name.startswith("KDCACHE_")]:
+    if not name.startswith(("KDCACHE_CI_", "KDCACHE_BENCH_")):
+        del os.environ[name]  # an option set in somebody's shell must not reach a test
 
 settings.register_profile("kdcache", deadline=None, print_blob=True)  # no wall-clock asserts
 settings.load_profile("kdcache")
@@ -26,10 +27,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--bench") and config.option.markexpr != "bench":
+        measurements = [item for item in items if item.get_closest_marker("bench")]
+        config.hook.pytest_deselected(items=measurements)
+        items[:] = [item for item in items if item not in measurements]
     for item in items:
-        for marker in ("long", "bench"):
-            if item.get_closest_marker(marker) and not config.getoption(f"--{marker}"):
-                item.add_marker(pytest.mark.skip(reason=f"runs with --{marker}"))
+        if item.get_closest_marker("long") and not config.getoption("--long"):
+            item.add_marker(pytest.mark.skip(reason="runs with --long"))
         if item.get_closest_marker("interop"):
             # Foreign packages warn about their own affairs; our own warnings stay errors in all other tests.
             item.add_marker(pytest.mark.filterwarnings("default"), append=False)

@@ -48,11 +48,15 @@ _Messages = list[tuple[int, bytes]]
 
 @dataclass(frozen=True)
 class ParsedFile:
-    """What a file holds: the text of its root attribute, its arrays in the order of their offsets, its rows N."""
+    """What a file holds: the text of its root attribute, its arrays in the order of their offsets, its rows N.
+
+    `headers` are the (start, stop) of everything else that our writer puts there; all other bytes are zero.
+    """
 
     attribute: str
     arrays: dict[str, ArrayLayout]
     rows: int
+    headers: tuple[tuple[int, int], ...]
 
 
 def parse(read: Callable[[int, int], bytes], size: int, *, name: str) -> ParsedFile:
@@ -103,7 +107,9 @@ class _Parser:
         for (_, stop), (start, _) in pairwise(sorted(self._spans)):
             require(stop <= start, f"two things overlap at byte {start}")
         arrays.sort(key=lambda array: array.offset)
-        return ParsedFile(attribute, {array.name: array for array in arrays}, rows.pop())
+        payload = {array.offset for array in arrays}
+        headers = tuple(sorted(span for span in self._spans if span[0] not in payload))
+        return ParsedFile(attribute, {array.name: array for array in arrays}, rows.pop(), headers)
 
     def _fetch(self, offset: int, length: int) -> bytes:
         self._check_inside(offset, length)

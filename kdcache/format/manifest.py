@@ -21,7 +21,7 @@ from kdcache.format.strict_json import load_json
 
 CLASSES_FILE = "classes.json"
 MAX_INLINE_NAMES_BYTES = 65_536
-_SHARD_NAME = re.compile(r"v\d{3,5}-\d{5,9}\.h5")
+SHARD_NAME = re.compile(r"v\d{3,5}-\d{5,9}\.h5")
 HEX64 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -248,7 +248,7 @@ def parse_shard(value: Any, schema: RowSchema, *, where: str) -> ShardRecord:
     if not isinstance(value, dict) or set(value) != fields:
         raise CorruptCacheError(f"{where}: a shard record needs exactly {sorted(fields)}")
     check = _Checks(where)
-    if not isinstance(value["file"], str) or not _SHARD_NAME.fullmatch(value["file"]):
+    if not isinstance(value["file"], str) or not SHARD_NAME.fullmatch(value["file"]):
         raise CorruptCacheError(f"{where}: {value['file']!r:.80} is not a shard's file name")
     start, stop, size = (check.count(value, k, minimum=0) for k in ("start", "stop", "size"))
     view, clamped = check.count(value, "view", minimum=0), check.count(value, "clamped", minimum=0)

@@ -20,6 +20,7 @@ from kdcache.format.encodings import Encoding, encoding_from_json
 FORMAT_VERSION = 1
 MAX_ATTRIBUTE_BYTES = 60_000
 MAX_VIEWS = 65_536
+MAX_ROWS = 2**48 - 1
 CRC_ARRAY = "row_crc"
 _ID_DTYPE = re.compile(r"<i8|\|S([1-9]\d{0,3})")
 

@@ -223,8 +223,8 @@ def table(result: dict[str, Any]) -> str:
     lines += [f"{n:<36}{d['mean']:+.4f}    {d['standard_error']:.4f}" for n, d in result["differences"].items()]
     lines += [
         "",
-        f"cache: {result['rows']} rows, {result['bytes_per_row']} bytes a row, {result['rows_per_second']:,} rows/s read, "
-        f"all of it in {result['seconds']} s",
+        f"cache: {result['rows']} rows, {result['bytes_per_row']} bytes a row, {result['rows_per_second']:,} rows/s "
+        f"read, all of it in {result['seconds']} s",
         "",
         "next: kdcache precompute --help   (dump your own teacher)",
         "      kdcache distill --help      (train students from the dump)",

@@ -27,6 +27,8 @@ def pick_device(name: str) -> torch.device:
         raise UsageError("--device cuda: this torch sees no GPU; choose cpu, or run `kdcache doctor`")
     if name == "cuda":
         return torch.device("cuda", discover().local_rank % torch.cuda.device_count())
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"--device {name}: this torch sees {torch.cuda.device_count()} GPUs, numbered from 0")
     return device
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,11 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from kdcache.errors import UsageError
+from kdcache.errors import InterruptedRunError, UsageError
 from kdcache.stages import checkpoint
 from kdcache.stages.amp import grad_scaler
-from kdcache.stages.distill_inputs import Source, check_signal, open_source, open_student
+from kdcache.stages.devices import torch_threads
+from kdcache.stages.distill_inputs import Source, check_held_out, check_signal, open_source, open_student
 from kdcache.stages.distill_loop import Job, train
 from kdcache.stages.distill_options import DistillOptions, portable, resolve
 from kdcache.stages.loaded_data import LoadedData
@@ -99,7 +99,7 @@ def distill(
     signals = contextlib.nullcontext(StopRequest()) if options.out is None else graceful_signals()
     with (
         team(options.device) as ranks,
-        _threads(options.threads),
+        torch_threads(options.threads),
         checkpoint.own_generators(options.seed, ranks.device),
         signals as stop,
     ):
@@ -111,8 +111,11 @@ def distill(
         if val is not None or options.val is not None:
             val_data, held_out_cache = _chosen("val", val, options), val_cache or options.val_cache
             held_out = open_source(val_data, held_out_cache, missing="error", name="validation")
-        check_signal(source, options)
+        elif val_cache is not None or options.val_cache is not None:
+            raise UsageError("--val-cache without --val: give the data that it was dumped from, or leave it out")
+        check_signal(source, held_out, options)
         net, width = open_student(student, source, options, ranks.device)
+        check_held_out(held_out, width)
         ranks.copy_from_first([*net.parameters(), *net.buffers()])
         checkpoint.seed_generators((options.seed + RANK_SEED_STEP * ranks.rank) % 2**63)
         trainer = _build_trainer(net, width, source, options, ranks)
@@ -180,8 +183,13 @@ def _run(job: Job, stop: StopRequest) -> RunResult:
     _announce(job, state)
     shown = ranks.is_first and not options.quiet
     bar = Progress(job.total_steps, what="distill", unit="step", done=state.step, enabled=shown)
-    with bar, contextlib.closing(log):
-        train(job, state, log, stop, bar)
+    try:
+        with bar, contextlib.closing(log):
+            train(job, state, log, stop, bar)
+    except InterruptedRunError:
+        if folder is not None:
+            write_record(folder, {**record, "status": "interrupted", **_results(state)})
+        raise
     record = {**record, "status": "done", "finished": now(), **_results(state)}
     if folder is not None:
         checkpoint.save(folder / checkpoint.LAST_NAME, checkpoint.state_dict(job.trainer.student))
@@ -245,15 +253,3 @@ def _chosen(name: str, value: Data | None, options: DistillOptions) -> Data:
     if chosen is None:
         raise UsageError(f"no {name}: give --{name}, for example digits:train or module:factory")
     return chosen
-
-
-@contextlib.contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    """torch's threads for the block; the caller's number comes back afterwards."""
-    before = torch.get_num_threads()
-    if count is not None:
-        torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -183,19 +183,32 @@ def open_student(
     return student.train(), width
 
 
-def check_signal(source: Source, options: DistillOptions) -> None:
-    """Refuses runs that have nothing to learn from, or would leave out a term without a word.
+def check_signal(source: Source, held_out: Source | None, options: DistillOptions) -> None:
+    """Refuses runs that have nothing to learn from or to measure, or would leave out a term without a word.
 
     Raises:
         UsageError: alpha above 0 or hard targets without a cache, or neither labels nor a teacher.
     """
-    if source.cache is not None:
-        return
-    if options.hard_targets:
+    if source.cache is None and options.hard_targets:
         raise UsageError("--hard-targets needs the teacher's logits; give --cache")
-    if options.alpha > 0:
+    if source.cache is None and options.alpha > 0:
         raise UsageError(
             f"--alpha {options.alpha:g} needs the teacher's logits; give --cache, or --alpha 0 for labels only"
         )
-    if example_batch(source).labels is None:
-        raise UsageError(f"the {source.name} data has no labels and there is no cache: there is nothing to learn from")
+    if source.cache is None and example_batch(source).labels is None:
+        raise UsageError("the training data has no labels and there is no cache: there is nothing to learn from")
+    if held_out is not None and held_out.cache is None and example_batch(held_out).labels is None:
+        raise UsageError("the validation data has no labels: give --val-cache to measure fidelity to the teacher")
+
+
+def check_held_out(held_out: Source | None, width: int) -> None:
+    """Refuses a validation cache that the student's logits cannot be compared with.
+
+    Raises:
+        MismatchError: another number of classes.
+    """
+    if held_out is not None and held_out.cache is not None and held_out.cache.num_classes != width:
+        raise MismatchError(
+            f"the student has {width} classes, the teacher of {held_out.cache.path.name} (--val-cache) has "
+            f"{held_out.cache.num_classes}: dump the validation data with the same teacher"
+        )

@@ -8,21 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kdcache.errors import UsageError
 from kdcache.stages.choices import AMP, DEFAULT_LR, DEFAULT_WEIGHT_DECAY, OPTIMIZERS, SCHEDULES, listed
+from kdcache.stages.option import flag, option
 
 MISSING = ("error", "ce", "skip")
 CHECKS = ("ids", "sample", "full")
 DEFAULT_EPOCHS = 10
-
-
-def _option(default: Any, help_text: str, *, group: str, choices: Sequence[str] = ()) -> Any:
-    return dataclasses.field(default=default, metadata={"help": help_text, "group": group, "choices": tuple(choices)})
 
 
 @dataclass(frozen=True)
@@ -33,58 +29,58 @@ class DistillOptions:
     pieces, so that runs on other machines, and arms of a comparison, take equal steps.
     """
 
-    student: str | None = _option(None, "Student: mlp:784-128-10, cnn:SMALL or module:factory.", group="inputs")
-    data: str | None = _option(
+    student: str | None = option(None, "Student: mlp:784-128-10, cnn:SMALL or module:factory.", group="inputs")
+    data: str | None = option(
         None, "Training data: digits:train, npz:FILE, folder:PATH, module:factory ...", group="inputs"
     )
-    val: str | None = _option(None, "Validation data, as for --data.", group="inputs")
-    cache: str | None = _option(None, "Cache of the teacher's logits; may be left out with --alpha 0.", group="inputs")
-    val_cache: str | None = _option(
+    val: str | None = option(None, "Validation data, as for --data.", group="inputs")
+    cache: str | None = option(None, "Cache of the teacher's logits; may be left out with --alpha 0.", group="inputs")
+    val_cache: str | None = option(
         None, "Cache for the validation data: measures fidelity to the teacher.", group="inputs"
     )
-    init: str | None = _option(None, "State dict (.pt or .safetensors) that the student starts from.", group="inputs")
-    out: str | None = _option(None, "Folder of the run.", group="inputs")
+    init: str | None = option(None, "State dict (.pt or .safetensors) that the student starts from.", group="inputs")
+    out: str | None = option(None, "Folder of the run.", group="inputs")
 
-    alpha: float = _option(0.9, "Weight of the teacher's term, 0 (labels only) to 1 (teacher only).", group="loss")
-    temperature: float = _option(4.0, "Softmax temperature of teacher and student, above 0.", group="loss")
-    hard_targets: bool = _option(False, "Cross-entropy on the teacher's argmax for every row instead.", group="loss")
-    label_smoothing: float = _option(0.0, "Label smoothing of the cross-entropy, 0 to 1.", group="loss")
-    missing: str = _option(
+    alpha: float = option(0.9, "Weight of the teacher's term, 0 (labels only) to 1 (teacher only).", group="loss")
+    temperature: float = option(4.0, "Softmax temperature of teacher and student, above 0.", group="loss")
+    hard_targets: bool = option(False, "Cross-entropy on the teacher's argmax for every row instead.", group="loss")
+    label_smoothing: float = option(0.0, "Label smoothing of the cross-entropy, 0 to 1.", group="loss")
+    missing: str = option(
         "error", "Rows that the cache lacks: fail, learn the label, skip.", group="loss", choices=MISSING
     )
-    check: str = _option("sample", "Rows whose input is compared with the cache's.", group="loss", choices=CHECKS)
+    check: str = option("sample", "Rows whose input is compared with the cache's.", group="loss", choices=CHECKS)
 
-    epochs: int | None = _option(None, f"Passes over the data ({DEFAULT_EPOCHS} without --steps).", group="training")
-    steps: int | None = _option(None, "Optimiser steps, instead of --epochs.", group="training")
-    batch_size: int = _option(128, "Rows of an optimiser step, over all ranks.", group="training")
-    drop_last: bool = _option(False, "Leave out the short batch at an epoch's end.", group="training")
-    grad_accumulation: int = _option(1, "Forward passes that a rank divides its rows of a step into.", group="training")
-    clip_norm: float | None = _option(None, "Largest L2 norm of a step's gradient.", group="training")
-    optimizer: str = _option("sgd", "Optimiser.", group="training", choices=OPTIMIZERS)
-    lr: float | None = _option(None, f"Learning rate (default: {listed(DEFAULT_LR)}).", group="training")
-    momentum: float = _option(0.9, "Momentum of SGD.", group="training")
-    weight_decay: float | None = _option(
+    epochs: int | None = option(None, f"Passes over the data ({DEFAULT_EPOCHS} without --steps).", group="training")
+    steps: int | None = option(None, "Optimiser steps, instead of --epochs.", group="training")
+    batch_size: int = option(128, "Rows of an optimiser step, over all ranks.", group="training")
+    drop_last: bool = option(False, "Leave out the short batch at an epoch's end.", group="training")
+    grad_accumulation: int = option(1, "Forward passes that a rank divides its rows of a step into.", group="training")
+    clip_norm: float | None = option(None, "Largest L2 norm of a step's gradient.", group="training")
+    optimizer: str = option("sgd", "Optimiser.", group="training", choices=OPTIMIZERS)
+    lr: float | None = option(None, f"Learning rate (default: {listed(DEFAULT_LR)}).", group="training")
+    momentum: float = option(0.9, "Momentum of SGD.", group="training")
+    weight_decay: float | None = option(
         None, f"Weight decay (default: {listed(DEFAULT_WEIGHT_DECAY)}).", group="training"
     )
-    schedule: str = _option("cosine", "Course of the learning rate.", group="training", choices=SCHEDULES)
-    warmup: int = _option(0, "Steps of linear warm-up.", group="training")
-    amp: str = _option("none", "Mixed precision.", group="training", choices=AMP)
-    seed: int = _option(0, "Seed of initial weights, order and dropout.", group="training")
+    schedule: str = option("cosine", "Course of the learning rate.", group="training", choices=SCHEDULES)
+    warmup: int = option(0, "Steps of linear warm-up.", group="training")
+    amp: str = option("none", "Mixed precision.", group="training", choices=AMP)
+    seed: int = option(0, "Seed of initial weights, order and dropout.", group="training")
 
-    device: str = _option("auto", "Device: auto, cpu, cuda, cuda:0 ...", group="machine")
-    workers: int = _option(0, "DataLoader workers of a rank.", group="machine")
-    threads: int | None = _option(
+    device: str = option("auto", "Device: auto, cpu, cuda, cuda:0 ...", group="machine")
+    workers: int = option(0, "DataLoader workers of a rank.", group="machine")
+    threads: int | None = option(
         None, "Threads of torch on the CPU (results move in the last bit with it).", group="machine"
     )
 
-    resume: bool = _option(False, "Go on from the run in --out if there is one.", group="run")
-    overwrite: bool = _option(False, "Replace the run in --out.", group="run")
-    checkpoint_seconds: float = _option(300.0, "Seconds between checkpoints to resume from.", group="run")
-    checkpoint_steps: int | None = _option(None, "Steps between checkpoints, as well.", group="run")
-    eval_steps: int | None = _option(None, "Steps between evaluations (default: each epoch's end).", group="run")
-    log_steps: int = _option(50, "Steps between lines of metrics.jsonl.", group="run")
-    tensorboard: bool = _option(False, "Write TensorBoard events too (extra tensorboard).", group="run")
-    quiet: bool = _option(False, "No progress on stderr.", group="run")
+    resume: bool = option(False, "Go on from the run in --out if there is one.", group="run")
+    overwrite: bool = option(False, "Replace the run in --out.", group="run")
+    checkpoint_seconds: float = option(300.0, "Seconds between checkpoints to resume from.", group="run")
+    checkpoint_steps: int | None = option(None, "Steps between checkpoints, as well.", group="run")
+    eval_steps: int | None = option(None, "Steps between evaluations (default: each epoch's end).", group="run")
+    log_steps: int = option(50, "Steps between lines of metrics.jsonl.", group="run")
+    tensorboard: bool = option(False, "Write TensorBoard events too (extra tensorboard).", group="run")
+    quiet: bool = option(False, "No progress on stderr.", group="run")
 
 
 PATHS = ("cache", "val_cache", "init", "out")
@@ -152,11 +148,6 @@ def _check_numbers(options: DistillOptions) -> None:
     for name, (is_valid, expected) in ranges.items():
         if not is_valid:
             raise UsageError(f"{flag(name)} must be {expected}, found {getattr(options, name)}")
-
-
-def flag(field_name: str) -> str:
-    """The command-line spelling of a field."""
-    return "--" + field_name.replace("_", "-")
 
 
 def portable(options: DistillOptions) -> dict[str, Any]:

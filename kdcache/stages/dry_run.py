@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,23 +50,22 @@ def measure(job: Job, out: Path) -> DryRun:
     rows = (plan.samples or 0) * len(plan.views)
     given = iter([Claim(0, 0, 0, rows)])
     sampler = ShardBatches(lambda: next(given, None), options.batch_size)
-    begun = forwarded = 0.0
-    done = 0
-    for number, (_, start, stop, fed) in enumerate(
+    begun, elapsed, forwarded, done = time.perf_counter(), 0.0, 0.0, 0
+    with closing(
         batches(job.items, sampler, workers=options.workers, pin_memory=job.device.type == "cuda")
-    ):
-        if number == 1:  # the first batch pays for warming up
-            begun, done, forwarded = time.perf_counter(), 0, 0.0
-        tick = time.perf_counter()
-        encode(plan.schema.encoding, forward(job.teacher.module, fed.inputs, job.device, options)).bad.cpu()
-        forwarded += time.perf_counter() - tick
-        begun = begun or tick
-        done += stop - start
-        if time.perf_counter() - begun > _MEASURE_SECONDS:
-            break
-    rate = done / max(1e-9, time.perf_counter() - begun)
+    ) as fed_batches:
+        for number, (_, start, stop, fed) in enumerate(fed_batches):
+            if number == 1:  # the first batch pays for warming up; it counts only where it is the only one
+                begun, forwarded, done = begun + elapsed, 0.0, 0
+            tick = time.perf_counter()
+            encode(plan.schema.encoding, forward(job.teacher.module, fed.inputs, job.device, options)).bad.cpu()
+            now = time.perf_counter()
+            forwarded, elapsed, done = forwarded + now - tick, now - begun, done + stop - start
+            if elapsed > _MEASURE_SECONDS:
+                break
+    rate = done / max(1e-9, elapsed)
     # A live teacher costs a student its forward passes, every epoch; the dump costs them once, with loading.
-    epochs = (rows / rate) / max(1e-9, rows * forwarded / max(1, done))
+    epochs = elapsed / max(1e-9, forwarded)
     return DryRun(
         rows=rows,
         bytes=planned_bytes(plan),

@@ -7,7 +7,7 @@ processes share the work without talking, and a kill costs the shards whose batc
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,8 +18,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from kdcache.errors import DataError, KDCacheError
 from kdcache.format.identity import input_digest, show_id
 from kdcache.stages.calling import NOT_INPUTS
+from kdcache.stages.devices import torch_threads
 from kdcache.stages.signals import shield_worker
-from kdcache.train.items import first_input, label_of
+from kdcache.stages.specs import one_line
+from kdcache.train.items import first_input, label_of, load_items
 
 
 @dataclass(frozen=True)
@@ -70,13 +72,17 @@ class DumpItems(Dataset[Any]):
         return self._guarded(index, lambda: self._dataset[index])
 
     def __getitems__(self, indices: list[int]) -> list[Any]:
-        if not hasattr(self._dataset, "__getitems__"):
-            return [self[index] for index in indices]
-        try:
-            items = self._dataset.__getitems__(indices)
-        except Exception as error:
-            return [_failure(error, self._sample_ids[indices[0]])]
-        return [self._guarded(index, partial(_same, item)) for index, item in zip(indices, items, strict=True)]
+        """The items of a batch, computed by one thread, here as in a DataLoader worker."""
+        with torch_threads(1):
+            if not callable(getattr(self._dataset, "__getitems__", None)):
+                return [self[index] for index in indices]
+            try:
+                items = load_items(self._dataset, indices)
+            except KDCacheError as error:
+                return [_failure(error, self._sample_ids[indices[0]])]
+            except Exception:  # of which sample? One by one, the failing one names itself.
+                return [self[index] for index in indices]
+            return [self._guarded(index, partial(_same, item)) for index, item in zip(indices, items, strict=True)]
 
     def _guarded(self, index: int, load: Callable[[], Any]) -> Any:
         try:
@@ -112,7 +118,7 @@ class ShardBatches(Sampler[list[int]]):
 
 def batches(
     items: DumpItems, sampler: ShardBatches, *, workers: int, pin_memory: bool
-) -> Iterator[tuple[Claim, int, int, Fed]]:
+) -> Generator[tuple[Claim, int, int, Fed], None, None]:
     """(shard, first position, position behind the last, batch), in the order the sampler made them.
 
     Raises:
@@ -126,12 +132,24 @@ def batches(
         pin_memory=pin_memory,
         worker_init_fn=shield_worker if workers else None,
     )
-    for fed in loader:
+    for fed in _translated(loader):
         claim, start, stop = sampler.under_way.popleft()
         if isinstance(fed, _Failure):
             raise fed.kind(fed.message)
         inputs, labels, digests = fed
         yield claim, start, stop, Fed(inputs, labels, np.asarray(digests, np.uint64))
+
+
+def _translated(loader: DataLoader[Any]) -> Iterator[Any]:
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise KDCacheError(
+            f"a process that loads data died ({one_line(error)}); finished shards are kept. If memory ran out, run the "
+            "same command again with fewer --workers"
+        ) from error
 
 
 def collate(items: list[Any]) -> Any:
@@ -171,7 +189,6 @@ def plain_label(value: Any) -> int | None:
 
 
 def _failure(error: Exception, sample_id: Any) -> _Failure:
-    text = str(error) or type(error).__name__
     if isinstance(error, KDCacheError):
-        return _Failure(type(error), f"sample {show_id(sample_id)}: {text}")
-    return _Failure(DataError, f"the data set failed at sample {show_id(sample_id)}: {type(error).__name__}: {text}")
+        return _Failure(type(error), f"sample {show_id(sample_id)}: {error}")
+    return _Failure(DataError, f"the data set failed at sample {show_id(sample_id)}: {one_line(error)}")

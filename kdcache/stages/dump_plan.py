@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from kdcache.errors import DataError, LogitsError, StorageError, UsageError
 from kdcache.format.encodings import Encoding
+from kdcache.format.identity import ids_sha256
 from kdcache.format.manifest import ClassList
 from kdcache.format.schema import RowSchema
 from kdcache.stages.amp import autocast
@@ -27,6 +28,7 @@ from kdcache.store.plan import Plan, default_shard_rows, first_difference, parse
 from kdcache.store.posix import read_file
 from kdcache.store.versions import versions
 from kdcache.store.writer import dump_folder_of
+from kdcache.train.ranks import discover
 
 DIGEST_POINT = "item"
 _SPARE_BYTES = 16 << 20
@@ -57,7 +59,14 @@ def early_checks(out: Path, data: LoadedData, sample_ids: np.ndarray, options: P
         StorageError: too little disk.
     """
     folder, one_file = dump_folder_of(out)
+    if one_file and out.is_dir():
+        raise UsageError(f"{out} is a folder; a name in .h5 makes one file: choose another --out")
     refuse_foreign(folder)
+    if options.overwrite and (options.shard is not None or discover().world_size > 1):
+        raise UsageError(
+            "--overwrite goes with one process only: each of several would remove what the others have done; remove "
+            f"{out} first"
+        )
     found = None if options.overwrite else _existing_provenance(out, folder)
     if found is None:
         if data.num_classes and not options.dry_run:
@@ -107,6 +116,7 @@ def make_job(
         provenance={
             "teacher": teacher.provenance,
             "data": data_identity(data, sample_ids),
+            "output_key": options.output_key,
             "transform": None if teacher.transform is None else describe_transform(teacher.transform),
             "teacher_seen": options.teacher_saw,
             "licence": options.licence,
@@ -119,7 +129,8 @@ def make_job(
 
 def data_identity(data: LoadedData, sample_ids: np.ndarray) -> dict[str, Any]:
     """The data part of the provenance, with how many of its samples are dumped and where digests are taken."""
-    return {**data.provenance, "dumped": len(sample_ids), "digest_point": DIGEST_POINT}
+    ids = data.provenance.get("ids_sha256") or ids_sha256(sample_ids)  # known only now where they were passed in
+    return {**data.provenance, "ids_sha256": ids, "dumped": len(sample_ids), "digest_point": DIGEST_POINT}
 
 
 def precision(options: PrecomputeOptions, device: torch.device) -> dict[str, Any]:

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from kdcache.errors import LogitsError
+from kdcache.errors import DataError, LogitsError
 from kdcache.format.identity import show_id
 from kdcache.stages.dump_feed import Claim
 from kdcache.store.dump import DumpFolder
+from kdcache.store.incoming import check_labels, consecutive, fit_ids
 from kdcache.store.shards import ContainerWriter
-from kdcache.store.writer import check_labels, consecutive, fit_ids
 from kdcache.train.encode import EncodedTensors
 
 _QUEUE_BATCHES = 4
@@ -114,6 +114,11 @@ class ShardSink:
             self._container = self._dump.container(claim.view, claim.index, claim.start, claim.stop)
         rows: dict[str, np.ndarray] = {n: t.numpy() for n, t in batch.encoded.arrays.items()}
         rows["sample_id"] = ids
+        if batch.labels is not None and not schema.has_labels:
+            raise DataError(
+                f"the first samples have no label, a sample from {show_id(ids[0])} on has one; give all of them a "
+                "label, -1 where there is none"
+            )
         if schema.has_labels:
             labels = check_labels(batch.labels, ids, schema.encoding.num_classes)
             rows["label"] = np.full(len(ids), -1, np.int64) if labels is None else labels

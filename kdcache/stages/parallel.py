@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from kdcache.errors import UsageError
+from kdcache.stages.devices import pick_device
 from kdcache.train.ranks import Ranks, discover
 
 
@@ -101,7 +101,9 @@ def team(device: str) -> Iterator[Team]:
     Args:
         device: `auto` (CUDA if there is one, else CPU), `cpu`, `cuda`, `cuda:1`, `mps` ...
     """
-    chosen = choose_device(device)
+    chosen = pick_device(device)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)  # nccl takes the current one
     joined = not dist.is_initialized() and _torchrun().world_size > 1
     if joined:
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
@@ -114,29 +116,6 @@ def team(device: str) -> Iterator[Team]:
     finally:
         if joined:
             dist.destroy_process_group()
-
-
-def choose_device(name: str) -> torch.device:
-    """The device of this process; on CUDA without an index, that of LOCAL_RANK.
-
-    Raises:
-        UsageError: not a device, or one that this machine lacks.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UsageError(f"device {name!r} is not known; choose auto, cpu, cuda, cuda:0 ...") from None
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise UsageError(f"device {name!r} was asked for, but torch finds no CUDA device; use --device cpu")
-        index = _torchrun().local_rank if device.index is None else device.index
-        if index >= torch.cuda.device_count():
-            raise UsageError(f"CUDA device {index} was asked for, but there are {torch.cuda.device_count()}")
-        device = torch.device("cuda", index)
-        torch.cuda.set_device(device)
-    return device
 
 
 def _torchrun() -> Ranks:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from kdcache.errors import InterruptedRunError, UsageError
+from kdcache.errors import IncompleteCacheError, InterruptedRunError, StorageError, UsageError
 from kdcache.format.headers import FileHeader
-from kdcache.stages.data import LoadedData, load_data
 from kdcache.stages.devices import pick_device, torch_threads
 from kdcache.stages.dry_run import DryRun, measure
 from kdcache.stages.dump_feed import Claim, ShardBatches, batches
@@ -33,21 +33,22 @@ from kdcache.stages.dump_plan import (
     planned_bytes,
 )
 from kdcache.stages.dump_sink import EncodedBatch, ShardSink, to_host
-from kdcache.stages.loaded_data import check_unique_ids, data_provenance
+from kdcache.stages.loaded_data import check_unique_ids
+from kdcache.stages.precompute_inputs import data_of, target_of, teacher_of
 from kdcache.stages.precompute_options import PrecomputeOptions, options_of, share_of
 from kdcache.stages.progress import Progress
 from kdcache.stages.signals import StopRequest, graceful_signals
-from kdcache.stages.teachers import LoadedTeacher, load_teacher
-from kdcache.stages.weights import state_sha256
+from kdcache.stages.teachers import LoadedTeacher
 from kdcache.store import posix
 from kdcache.store.dump import DumpFolder, clear_dump, open_dump, read_manifest, remove_dump, remove_empty
 from kdcache.store.locks import FINISH
 from kdcache.store.merge import merge
 from kdcache.store.parts import read_catalog
 from kdcache.store.plan import Plan, require_same_file
+from kdcache.store.shards import remove_temporaries
 from kdcache.store.writer import dump_folder_of
 from kdcache.train.encode import encode
-from kdcache.train.ids import length, resolve
+from kdcache.train.ids import resolve
 from kdcache.train.ranks import discover
 
 _POLL_SECONDS = 0.5
@@ -120,37 +121,47 @@ def precompute(
         options = options_of(settings)
     elif settings:
         raise UsageError(f"pass settings in options or by name, not both: {', '.join(settings)}")
-    target = _target(out, options)
-    data = _data(dataset, options)
-    ids = resolve(data.dataset, sample_ids=sample_ids, id_key=id_key) if data.sample_ids is None else data.sample_ids
-    check_unique_ids(ids, name=data.name)
-    ids = limited_ids(ids, options.limit)
-    options = early_checks(target, data, ids, options)
-    with torch_threads(options.threads):
-        device = pick_device(options.device)
-        job = make_job(_teacher(model, transform, options), data, ids, device, options)
-        if options.dry_run:
-            return measure(job, target)
-        return _dump(job, target)
+    target = target_of(out, options)
+    with graceful_signals() as stop:
+        data = data_of(dataset, options)
+        own = data.sample_ids if sample_ids is None and id_key is None else None
+        ids = resolve(data.dataset, sample_ids=sample_ids, id_key=id_key) if own is None else own
+        check_unique_ids(ids, name=data.name)
+        ids = limited_ids(ids, options.limit)
+        options = early_checks(target, data, ids, options)
+        _check_stop(stop)
+        with torch_threads(options.threads), teacher_of(model, transform, options) as teacher:
+            _check_stop(stop)
+            job = make_job(teacher, data, ids, pick_device(options.device), options)
+            if options.dry_run:
+                return measure(job, target)
+            return _dump(job, target, stop)
 
 
-def _dump(job: Job, out: Path) -> PrecomputeResult:
+def _dump(job: Job, out: Path, stop: StopRequest) -> PrecomputeResult:
     begun = time.monotonic()
     folder, one_file = dump_folder_of(out)
     plan = job.plan
     if job.options.overwrite:
         _remove(out, folder)
-    if one_file and out.is_file():
-        return _result(job, out, _finished_file(out, plan), computed=0, seconds=time.monotonic() - begun)
-    done_before = folder.exists()
-    if not done_before:
-        check_disk(out, planned_bytes(plan) * (2 if one_file else 1))
-    dump = open_dump(folder, plan, merged=out if one_file else None)
-    with graceful_signals() as stop:
-        computed = 0 if dump.finished else _work_through(dump, job, stop)
-        root = _finish(dump, plan)
-        if root is not None and one_file:
-            root = _merge_once(dump, folder, out, plan)
+    computed = 0
+    try:
+        if one_file and out.is_file():
+            _finished_file(out, plan)  # refuses another dump before anything is touched
+        elif not folder.exists():
+            check_disk(out, planned_bytes(plan) * (2 if one_file else 1))
+        if one_file and out.is_file() and not folder.exists():
+            root: str | None = _finished_file(out, plan)
+        else:
+            dump = open_dump(folder, plan, merged=out if one_file else None)
+            computed = 0 if dump.finished else _work_through(dump, job, stop)
+            root = _finish(dump, plan)
+            if root is not None and one_file:
+                root = _merge_once(dump, folder, out, plan)
+    except (StorageError, IncompleteCacheError):
+        if not (one_file and out.is_file()):
+            raise
+        root = _finished_file(out, plan)  # another process made the file and cleared the folder away under this one
     return _result(job, out, root, computed=computed, seconds=time.monotonic() - begun)
 
 
@@ -193,16 +204,17 @@ def _one_pass(dump: DumpFolder, job: Job, left: list[int], stop: StopRequest, pr
     sink = ShardSink(dump, job.sample_ids, progress.advance)
     computed = 0
     try:
-        for shard, start, stop_at, fed in batches(
-            job.items, sampler, workers=options.workers, pin_memory=device.type == "cuda"
-        ):
-            _check_stop(stop)
-            logits = forward(job.teacher.module, fed.inputs, device, options)
-            check_logits(logits, rows=stop_at - start)
-            with torch.inference_mode():
-                encoded, ready = to_host(encode(job.plan.schema.encoding, logits))
-            sink.put(EncodedBatch(shard, start, stop_at, encoded, fed.labels, fed.digests, ready))
-            computed += stop_at - start
+        with closing(
+            batches(job.items, sampler, workers=options.workers, pin_memory=device.type == "cuda")
+        ) as fed_batches:  # closed here: an exception that somebody keeps would keep the workers
+            for shard, start, stop_at, fed in fed_batches:
+                _check_stop(stop)
+                logits = forward(job.teacher.module, fed.inputs, device, options)
+                check_logits(logits, rows=stop_at - start)
+                with torch.inference_mode():
+                    encoded, ready = to_host(encode(job.plan.schema.encoding, logits))
+                sink.put(EncodedBatch(shard, start, stop_at, encoded, fed.labels, fed.digests, ready))
+                computed += stop_at - start
         sink.close()
     except BaseException:
         sink.drop()
@@ -239,9 +251,10 @@ def _finish(dump: DumpFolder, plan: Plan) -> str | None:
     """The root hash, after whoever finds all shards committed has written the manifest; None while some are missing."""
     if not dump.finished:
         records = dump.all_records()
-        if records is None:
+        if records is not None:
+            return dump.finish(records, samples=plan.samples or 0).root
+        if not dump.finished:  # else another process has, and cleared the records away
             return None
-        return dump.finish(records, samples=plan.samples or 0).root
     return read_manifest(dump.folder).root if dump.manifest_path.exists() else ""
 
 
@@ -251,8 +264,9 @@ def _merge_once(dump: DumpFolder, folder: Path, out: Path, plan: Plan) -> str:
         if not out.is_file():
             merge(folder, out)
         root = _finished_file(out, plan)
+        remove_temporaries(out.parent, out.name)
         clear_dump(folder)
-    remove_empty(folder)
+        remove_empty(folder)
     return root
 
 
@@ -285,49 +299,6 @@ def _result(job: Job, out: Path, root: str | None, *, computed: int, seconds: fl
         rows_per_second=round(rate, 1),
         bytes=size,
     )
-
-
-def _target(out: str | Path | None, options: PrecomputeOptions) -> Path:
-    path = out if out is not None else options.out
-    if path is None:
-        raise UsageError("--out is needed: a folder for the cache, or a name ending in .h5 for one file")
-    return Path(path)
-
-
-def _data(dataset: Any, options: PrecomputeOptions) -> LoadedData:
-    if isinstance(dataset, LoadedData):
-        return dataset
-    if dataset is None:
-        if options.data is None:
-            raise UsageError(
-                "--data is needed: digits:train, npz:FILE, idx:FOLDER:train, folder:PATH or module:factory"
-            )
-        return load_data(options.data)
-    name = type(dataset).__name__
-    classes = getattr(dataset, "classes", None)
-    names = tuple(classes) if isinstance(classes, (list, tuple)) and all(isinstance(c, str) for c in classes) else None
-    facts = data_provenance(
-        name=name, rows=length(dataset), id_scheme=None, sample_ids=None, inputs=None, classes=names
-    )
-    return LoadedData(dataset, name, len(names) if names else None, names, None, facts)
-
-
-def _teacher(
-    model: nn.Module | LoadedTeacher | None, transform: Callable[[Any], Any] | None, options: PrecomputeOptions
-) -> LoadedTeacher:
-    if isinstance(model, LoadedTeacher):
-        return model
-    if model is None:
-        if options.teacher is None:
-            raise UsageError("--teacher is needed: module:factory or pt2:FILE")
-        return load_teacher(options.teacher, weights=options.weights)
-    model.eval()
-    facts = {
-        "spec": type(model).__qualname__,
-        "state_sha256": state_sha256(model),
-        "parameters": sum(p.numel() for p in model.parameters()),
-    }
-    return LoadedTeacher(model, transform, facts)
 
 
 def summary(result: PrecomputeResult | DryRun) -> dict[str, Any]:

@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from kdcache.errors import CorruptCacheError, CoverageError, MismatchError, UsageError
+from kdcache.errors import CorruptCacheError, CoverageError, MismatchError, StorageError, UsageError
 from kdcache.format.checksums import row_crcs
 from kdcache.format.encodings import Encoding
 from kdcache.format.identity import as_sample_ids, show_id, show_ids
 from kdcache.format.schema import CRC_ARRAY
+from kdcache.store.buffers import blank, empty_rows, first_rows
 from kdcache.store.lookup import IdIndex
 from kdcache.store.mapping import PreadRegion, Region, grid_rows
 from kdcache.store.parts import Catalog, check_access, open_part, read_catalog
@@ -89,7 +90,10 @@ class Cache:
             }
         else:
             self._regions = {s.name: PreadRegion(s.dtype, s.row_shape) for s in schema.specs}
-        self._checked = np.zeros(total, bool)
+        try:
+            self._checked = np.zeros(total, bool)
+        except MemoryError:
+            raise StorageError(f"{self.path}: no memory for the marks of {len(self)} rows (1 byte each)") from None
         self._left_to_check = len(self)
         self._mapped = np.zeros(len(parts), bool)
         self._all_mapped = False
@@ -210,21 +214,22 @@ class Cache:
 
         Args:
             rows: (N,) integers as `rows` or `find` gives them; -1 gives zeros with `has_teacher` False.
-            out: rows of an earlier call with at least N rows to be overwritten and returned.
+            out: rows of an earlier call with at least N rows to be overwritten and returned; after an error their
+                content is undefined.
 
         Returns:
             N rows of NumPy arrays.
 
         Raises:
-            UsageError: a row below -1 or beyond the end.
+            UsageError: a row below -1 or beyond the end, or `out` does not fit.
             CorruptCacheError: a row's checksum, view or id is not what it must be.
         """
-        wanted = np.ascontiguousarray(rows, np.int64)
+        wanted, schema = as_row_numbers(rows), self._catalog.schema
         missing = self._check_range(wanted)
         if missing is not None:
             wanted = np.where(missing, 0, wanted)
         grid = self._to_grid(wanted)
-        result = self._empty(len(wanted)) if out is None else _first(out, len(wanted))
+        result = empty_rows(schema, len(wanted)) if out is None else first_rows(out, schema, len(wanted))
         if self._left_to_check and self._access == "mmap":
             self._advise(grid)
         regions = self._regions
@@ -244,7 +249,7 @@ class Cache:
         else:  # every row has been compared with this range, and arithmetic is faster than a gather
             np.add(wanted, first, out=result.sample_id)
         if missing is not None:
-            _blank(result, missing)
+            blank(result, missing)
         return result
 
     def _fill_view(self, rows: np.ndarray, out: np.ndarray) -> None:
@@ -260,18 +265,6 @@ class Cache:
         target = np.empty(spec.shape(len(rows)), spec.dtype)
         self._regions[name].take(self._to_grid(rows), target)
         return target
-
-    def _empty(self, count: int) -> TeacherRows:
-        schema = self._catalog.schema
-        return TeacherRows(
-            encoding=self.encoding,
-            arrays={s.name: np.empty(s.shape(count), s.dtype) for s in schema.encoding.specs},
-            sample_id=np.empty(count, schema.id_dtype),
-            view=np.empty(count, np.uint16),
-            label=np.empty(count, np.int64) if schema.has_labels else None,
-            has_teacher=np.empty(count, bool),
-            input_digest=np.empty(count, np.uint64) if schema.has_digests else None,
-        )
 
     def _check_range(self, rows: np.ndarray) -> np.ndarray | None:
         if rows.ndim != 1:
@@ -302,6 +295,8 @@ class Cache:
 
     def _to_grid(self, rows: np.ndarray) -> np.ndarray:
         """From rows to their places in the mapped ranges; maps shards that are touched for the first time."""
+        if not self._regions:
+            raise UsageError(f"{self.path.name} is closed; open it again")
         if len(self._starts) == 1:
             if not self._all_mapped:
                 self._map(np.zeros(1, np.int64))
@@ -364,9 +359,10 @@ class Cache:
                 "it again"
             )
         self._checked[at] = True
-        self._left_to_check -= len(at)
-        if self._left_to_check <= 0:  # a row twice in a batch was counted twice: count anew
-            self._left_to_check = len(self) - int(np.count_nonzero(self._checked))
+        left = self._left_to_check - len(at)
+        if left <= 0:  # a row twice in a batch, or in two threads, was counted twice: count anew
+            left = len(self) - int(np.count_nonzero(self._checked))
+        self._left_to_check = left  # in one step: another thread must never see a zero that is not true
 
     def _lock(self) -> threading.Lock:
         if self._guard_process != os.getpid():  # a lock that a thread of the parent held would hang a fork
@@ -383,24 +379,13 @@ class Cache:
         return self._index
 
 
+def as_row_numbers(rows: Any) -> np.ndarray:
+    """(N,) int64 row numbers; booleans and floats are refused, since they would pick other rows silently."""
+    given = np.asarray(rows)
+    if given.dtype.kind not in "iu" and given.size:
+        raise UsageError(f"rows must be integers, found {given.dtype}; ask for sample ids with rows() or find() first")
+    return np.ascontiguousarray(given, np.int64)
+
+
 def _reopen(path: str, root: str, access: str) -> Cache:
     return open(path, expect_root=root, access=access)
-
-
-def _first(rows: TeacherRows, count: int) -> TeacherRows:
-    if len(rows) == count:
-        return rows
-    if len(rows) < count:
-        raise UsageError(f"out has room for {len(rows)} rows, {count} were asked for")
-    return rows.take(slice(0, count))
-
-
-def _blank(rows: TeacherRows, missing: np.ndarray) -> None:
-    for array in rows.arrays.values():
-        array[missing] = 0
-    rows.sample_id[missing] = 0 if rows.sample_id.dtype.kind == "i" else b""
-    rows.has_teacher[missing] = False
-    if rows.label is not None:
-        rows.label[missing] = -1
-    if rows.input_digest is not None:
-        rows.input_digest[missing] = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +50,9 @@ def render_card(summary: dict[str, Any], *, name: str) -> str:
     encoding = summary["encoding"]
     lines = [
         "---",
-        f"license: {_plain(licence)}",
+        f"license: {_yaml(licence)}",
         "tags: [knowledge-distillation, teacher-logits, kdcache]",
-        f"pretty_name: {_plain(name)}",
+        f"pretty_name: {_yaml(name)}",
         "configs:",
         "- config_name: default",
         "  data_files: shards/*.h5",
@@ -86,6 +87,11 @@ def render_card(summary: dict[str, Any], *, name: str) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _yaml(text: str) -> str:
+    """A YAML scalar in quotes (a JSON string is one), so that `no` stays text and a colon starts nothing."""
+    return json.dumps(_plain(text), ensure_ascii=False)
 
 
 def _plain(text: str) -> str:

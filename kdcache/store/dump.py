@@ -10,17 +10,19 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 
-from kdcache.errors import CorruptCacheError, MismatchError, UsageError
+from kdcache.errors import CorruptCacheError, IncompleteCacheError, MismatchError, UsageError
 from kdcache.format.headers import shard_header
 from kdcache.format.identity import canonical_json
 from kdcache.format.manifest import (
     CLASSES_FILE,
+    SHARD_NAME,
     ClassList,
     Manifest,
     ShardRecord,
@@ -30,13 +32,14 @@ from kdcache.format.manifest import (
 )
 from kdcache.format.strict_json import MAX_JSON_BYTES, load_json
 from kdcache.store import posix
-from kdcache.store.locks import FINISH, lock_file
+from kdcache.store.locks import FINISH, OWNER, lock_file
 from kdcache.store.plan import Plan, parse_plan, plan_of_manifest, require_same_plan
-from kdcache.store.shards import ContainerWriter, file_sha256, remove_temporaries
+from kdcache.store.shards import TEMPORARY_PREFIX, ContainerWriter, file_sha256, remove_temporaries
 
 MANIFEST = "manifest.json"
 PLAN = "plan.json"
 SHARDS = "shards"
+_IN_SHARDS = re.compile(rf"{SHARD_NAME.pattern[:-2]}(h5|json)|\.tmp-.*")
 _OURS = {MANIFEST, PLAN, SHARDS, ".lock", "README.md", CLASSES_FILE}
 
 
@@ -67,7 +70,10 @@ class DumpFolder:
         path = self._record_path(view, index)
         if not path.exists():
             return None
-        text = posix.read_file(path, MAX_JSON_BYTES)
+        try:
+            text = posix.read_file(path, MAX_JSON_BYTES)
+        except IncompleteCacheError:  # cleared away since, by the process that wrote the manifest
+            return None
         return parse_shard(load_json(text, where=str(path)), self.plan.schema, where=str(path))
 
     def claim(self, view: int, index: int) -> bool:
@@ -81,10 +87,35 @@ class DumpFolder:
         if self.finished or self._record_path(view, index).exists():  # committed while we asked
             self.release(view, index)
             return False
-        remove_temporaries(self.folder / SHARDS, shard_name(view, index))
-        with posix.translated("clean", self.folder):  # published but not committed: a process died in between
-            posix.unlink(self.folder / SHARDS / shard_name(view, index))
+        self.clear_shard(view, index)
         return True
+
+    def clear_shard(self, view: int, index: int) -> None:
+        """Removes what a process that died left of an uncommitted shard: temporary files, or one without record."""
+        remove_temporaries(self.folder / SHARDS, shard_name(view, index))
+        with posix.translated("clean", self.folder):
+            posix.unlink(self.folder / SHARDS / shard_name(view, index))
+
+    def own(self) -> None:
+        """Takes the folder for this process alone: a `Writer`, whose shards follow each other.
+
+        Raises:
+            MismatchError: another process, or another writer of this one, has it.
+        """
+        with posix.translated("lock", self.folder):
+            if not self._locks.try_lock(OWNER):
+                holder = self._locks.holder(OWNER)
+                raise MismatchError(f"{self.folder} is being written by process {holder}; wait for it or stop it")
+
+    def disown(self) -> None:
+        """Gives the folder back."""
+        self._locks.unlock(OWNER)
+
+    def discard(self, view: int, index: int) -> None:
+        """Takes a committed shard back, record first, so that it is done again; nobody reads before the manifest."""
+        with posix.translated("remove", self.folder):
+            posix.unlink(self._record_path(view, index))
+            posix.unlink(self.folder / SHARDS / shard_name(view, index))
 
     def release(self, view: int, index: int) -> None:
         """Gives the lock of a shard back."""
@@ -158,13 +189,21 @@ class DumpFolder:
             records.append(record)
         return records
 
-    def clear_leftovers(self) -> None:
-        """Removes what a process that was killed right after it wrote the manifest left behind."""
-        if self.finished and self._locks.try_lock(FINISH):
-            try:
-                self._clear()
-            finally:
-                self._locks.unlock(FINISH)
+    def join(self, where: str) -> None:
+        """Writes the plan, or compares it with the one that is there.
+
+        Under the lock of the manifest: a plan that is published while another process finishes the dump would stay.
+        """
+        with self.exclusive(FINISH):
+            if self.manifest_path.exists():
+                found = plan_of_manifest(read_manifest(self.folder), samples_known=self.plan.samples is not None)
+                require_same_plan(found, self.plan, where=where)
+                self._clear()  # what a process that was killed right after it wrote the manifest left behind
+            elif not self.finished:
+                path = self.folder / PLAN
+                posix.write_file(path, self.plan.dump(), replace=False)
+                found = parse_plan(posix.read_file(path, MAX_JSON_BYTES), where=str(path))
+                require_same_plan(found, self.plan, where=where)
 
     def _clear(self) -> None:
         with posix.translated("clean", self.folder):
@@ -243,15 +282,7 @@ def open_dump(folder: Path, plan: Plan, *, merged: Path | None = None) -> DumpFo
     with posix.translated("create", folder):
         posix.make_folder(folder / SHARDS)
     dump = DumpFolder(folder, plan, merged)
-    if dump.manifest_path.exists():
-        manifest = read_manifest(folder)
-        require_same_plan(plan_of_manifest(manifest, samples_known=plan.samples is not None), plan, where=str(folder))
-        dump.clear_leftovers()
-        return dump
-    posix.write_file(folder / PLAN, plan.dump(), replace=False)
-    path = folder / PLAN
-    if path.exists():
-        require_same_plan(parse_plan(posix.read_file(path, MAX_JSON_BYTES), where=str(path)), plan, where=str(folder))
+    dump.join(str(folder))
     return dump
 
 
@@ -267,7 +298,11 @@ def refuse_foreign(folder: Path) -> None:
         raise UsageError(f"{folder} exists and is not a folder; choose another --out")
     with posix.translated("read", folder):
         names = {e.name for e in os.scandir(folder)}
-    foreign = sorted(n for n in names - _OURS if not n.startswith(".tmp-"))
+        shards = {e.name for e in os.scandir(folder / SHARDS)} if SHARDS in names and (folder / SHARDS).is_dir() else ()
+    foreign = sorted(n for n in names - _OURS if not n.startswith(TEMPORARY_PREFIX))
+    foreign += sorted(f"{SHARDS}/{n}" for n in shards if not _IN_SHARDS.fullmatch(n))
+    if names and not names & {MANIFEST, PLAN, SHARDS, ".lock"}:
+        foreign = sorted(names)  # a README.md alone is somebody's
     if foreign:
         raise UsageError(
             f"{folder} exists and holds {foreign[0]!r}, which is not part of a cache; choose another or an empty --out"
@@ -285,17 +320,19 @@ def remove_dump(folder: Path) -> None:
     if not folder.exists():
         return
     locks = lock_file(folder)
-    if not locks.try_lock(FINISH):
-        raise MismatchError(f"{folder} is in use by process {locks.holder(FINISH)}; wait for it or stop it")
+    with posix.translated("lock", folder):
+        if not locks.try_lock_all():
+            raise MismatchError(f"{folder} is in use by process {locks.holder(0, 0)}; wait for it or stop it")
     try:
         clear_dump(folder)
     finally:
-        locks.unlock(FINISH)
+        locks.unlock_all()
 
 
 def clear_dump(folder: Path) -> None:
-    """Removes the files of a dump; the caller holds the lock FINISH."""
-    with posix.translated("remove", folder):
+    """Removes the files of a dump, as far as they are there; the caller holds the lock FINISH."""
+    remove_temporaries(folder)
+    with posix.translated("remove", folder), contextlib.suppress(FileNotFoundError):
         for name in (MANIFEST, PLAN, "README.md", CLASSES_FILE):
             posix.unlink(folder / name)
         if (folder / SHARDS).is_dir():

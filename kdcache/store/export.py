@@ -1,21 +1,23 @@
 """`kdcache.export`: the rows of a cache for tools that know nothing of it, as float32 raw logits.
 
-A cache is already readable by any HDF5 tool; an export undoes the encoding as well. `h5` writes through
-h5py and may be compressed, for archives; it is not a cache and cannot be opened as one.
+A cache is already readable by any HDF5 tool; an export undoes the encoding as well. `h5` goes through h5py and
+may be compressed, for archives; it is not a cache and cannot be opened as one. libhdf5 does not write to the
+disk here either (on a full one it crashes in `close()`, measured): it writes to a file object that takes
+everything, remembers the first error, and lets us raise it.
 """
 
 from __future__ import annotations
 
 import os
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import h5py
 import numpy as np
 
-from kdcache.errors import StorageError, UsageError
+from kdcache.errors import UsageError
 from kdcache.format.identity import canonical_json
 from kdcache.store import posix
 from kdcache.store.cache import Cache
@@ -58,25 +60,22 @@ def export(
         raise UsageError(f"compression {compress!r} is not known; choose gzip or leave it out")
     if target.exists() and not overwrite:
         raise UsageError(f"{target} exists; choose another name or pass --overwrite")
-    temporary = target.with_name(f".tmp-{target.name}-{os.getpid()}")
-    try:
-        with open_cache(path) as cache, posix.translated("write", target):
-            posix.make_folder(target.parent)
+    temporary = target.with_name(f".tmp-{target.name}-{os.getpid()}-{os.urandom(4).hex()}")
+    with open_cache(path) as cache, posix.translated("write", target):
+        posix.make_folder(target.parent)
+        fd = posix.create(temporary)
+        try:
             if kind == "npz":
-                _write_npz(cache, temporary, compressed=compress is not None)
+                with os.fdopen(fd, "wb", closefd=False) as file:
+                    _write_npz(cache, file, compressed=compress is not None)
             else:
-                _write_h5(cache, temporary, compress)
-            fd = os.open(temporary, os.O_RDONLY)
-            try:
-                posix.fsync(fd)
-            finally:
-                os.close(fd)
+                _write_h5(cache, _ForgivingFile(fd), compress)
+            posix.fsync(fd)
             posix.rename(temporary, target)
             posix.fsync_folder(target.parent)
-    except RuntimeError as error:  # h5py reports a full disk so
-        raise StorageError(f"could not write {target}: {error}") from error
-    finally:
-        posix.unlink(temporary)
+        finally:
+            os.close(fd)
+            posix.unlink(temporary)
     return target
 
 
@@ -102,10 +101,10 @@ def _column(rows: TeacherRows, name: str) -> np.ndarray:
     return values
 
 
-def _write_npz(cache: Cache, path: Path, *, compressed: bool) -> None:
+def _write_npz(cache: Cache, file: IO[bytes], *, compressed: bool) -> None:
     """One member an array, streamed: an .npy header, then the rows block by block."""
     method = zipfile.ZIP_DEFLATED if compressed else zipfile.ZIP_STORED
-    with zipfile.ZipFile(path, "w", method, allowZip64=True) as archive:
+    with zipfile.ZipFile(file, "w", method, allowZip64=True) as archive:
         for name, (dtype, shape) in _columns(cache).items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                 header = {"descr": dtype, "fortran_order": False, "shape": shape}
@@ -114,11 +113,70 @@ def _write_npz(cache: Cache, path: Path, *, compressed: bool) -> None:
                     member.write(np.ascontiguousarray(_column(rows, name), dtype).tobytes())
 
 
-def _write_h5(cache: Cache, path: Path, compress: str | None) -> None:
-    with h5py.File(path, "w") as file:
+def _write_h5(cache: Cache, sink: _ForgivingFile, compress: str | None) -> None:
+    with h5py.File(sink, "w") as file:
         for name, (dtype, shape) in _columns(cache).items():
             chunks = (min(256, shape[0]), *shape[1:])
             data = file.create_dataset(name, shape, dtype, chunks=chunks, compression=compress)
             for start, rows in _blocks(cache):
                 data[start : start + len(rows)] = _column(rows, name)
+                sink.raise_error()
         file.attrs["provenance"] = np.bytes_(canonical_json({**cache.provenance, "root": cache.root}))
+    sink.raise_error()
+
+
+class _ForgivingFile:
+    """What libhdf5 takes for a file. A failed write seems to succeed; `raise_error` raises it afterwards."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._position = 0
+        self._size = 0
+        self._error: OSError | None = None
+
+    def raise_error(self) -> None:
+        """Raises the first OSError of any write."""
+        if self._error is not None:
+            raise self._error
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def write(self, data: Any) -> int:
+        raw = memoryview(data).cast("B")
+        self._attempt(posix.pwrite_all, raw, self._position)
+        self._position += len(raw)
+        self._size = max(self._size, self._position)
+        return len(raw)
+
+    def readinto(self, buffer: Any) -> int:
+        raw = memoryview(buffer).cast("B")
+        data = os.pread(self._fd, len(raw), self._position)
+        raw[: len(data)] = data
+        raw[len(data) :] = bytes(len(raw) - len(data))
+        self._position += len(raw)
+        return len(raw)
+
+    def read(self, size: int = -1) -> bytes:
+        buffer = bytearray(self._size - self._position if size < 0 else size)
+        self.readinto(buffer)
+        return bytes(buffer)
+
+    def truncate(self, size: int | None = None) -> int:
+        self._size = self._position if size is None else size
+        self._attempt(posix.truncate, self._size)
+        return self._size
+
+    def flush(self) -> None:
+        """Nothing is held back; the caller syncs."""
+
+    def _attempt(self, call: Callable[..., None], *arguments: Any) -> None:
+        if self._error is None:
+            try:
+                call(self._fd, *arguments)
+            except OSError as error:
+                self._error = error

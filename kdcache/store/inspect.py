@@ -17,8 +17,8 @@ def describe(path: str | Path) -> dict[str, Any]:
 
     Returns:
         `kind`, `root`, `samples`, `views`, `rows`, `classes`, `encoding`, `bytes` (on disk), `bytes_per_row`
-        (`payload` of the encoding, `total` on disk), `shards`, `clamped`, `unlisted` (files in the folder that
-        the manifest does not list), `provenance`, `created`.
+        (`payload` of the encoding, `total` on disk), `shards`, `clamped` (None for one file, which does not
+        say), `unlisted` (files in the folder that the manifest does not list), `provenance`, `created`.
 
     Raises:
         IncompleteCacheError: nothing there, or not finished.
@@ -48,7 +48,7 @@ def describe(path: str | Path) -> dict[str, Any]:
             "total": round(catalog.size_bytes / rows, 1),
         },
         "shards": len(catalog.shards) or 1,
-        "clamped": sum(r.clamped for r in catalog.shards),
+        "clamped": sum(r.clamped for r in catalog.shards) if catalog.shards else None,
         "unlisted": unlisted(where) if catalog.header is None else [],
         "provenance": catalog.provenance,
         "created": catalog.created,
@@ -58,5 +58,6 @@ def describe(path: str | Path) -> dict[str, Any]:
 def unlisted(folder: Path) -> list[str]:
     """Names in the shards folder that the manifest does not list; readers ignore them."""
     listed = {Path(p.path).name for p in read_catalog(folder).parts}
-    found = sorted(e.name for e in (folder / SHARDS).iterdir() if e.name not in listed)
+    present = (folder / SHARDS).iterdir() if (folder / SHARDS).is_dir() else ()
+    found = sorted(e.name for e in present if e.name not in listed)
     return [*found, *([PLAN] if (folder / PLAN).exists() else [])]

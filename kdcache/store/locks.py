@@ -17,7 +17,10 @@ from pathlib import Path
 
 from kdcache.store import posix
 
-_PLAN_BYTE = 1 << 40
+FINISH = 1 << 40
+"""Index of the lock that guards the manifest."""
+OWNER = FINISH + 1
+"""Index of the lock of a process that fills a folder alone."""
 _GUARD = threading.Lock()
 _OPEN: dict[tuple[int, int, int], LockFile] = {}
 
@@ -50,11 +53,36 @@ class LockFile:
             self._held.discard(index)
             fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, index)
 
-    def holder(self, index: int) -> int | None:
-        """The process id that holds the lock, where the system tells (Linux); None if free or unknown."""
+    def try_lock_all(self) -> bool:
+        """Takes the locks of all shards at once; False if any of them is held, here or in another process."""
+        with self._guard:
+            if self._held:
+                return False
+            try:
+                fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 0, 0)  # length 0: to the end of all files
+            except OSError as error:
+                if error.errno in (errno.EACCES, errno.EAGAIN):
+                    return False
+                raise
+            self._held.add(FINISH)
+            return True
+
+    def unlock_all(self) -> None:
+        """Gives back what `try_lock_all` took."""
+        with self._guard:
+            self._held.clear()
+            fcntl.lockf(self._fd, fcntl.LOCK_UN, 0, 0)
+
+    def holder(self, index: int, count: int = 1) -> int | None:
+        """The process id that holds the lock, or one of `count` (0: all) from `index` on; None if free or unknown.
+
+        Only Linux tells.
+        """
+        if self._held and (count == 0 or any(index <= i < index + count for i in self._held)):
+            return os.getpid()
         if not sys.platform.startswith("linux"):
             return None
-        request = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, index, 1, 0)
+        request = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, index, count, 0)
         kind, _, _, _, pid = struct.unpack("hhqqi4x", fcntl.fcntl(self._fd, fcntl.F_GETLK, request))
         return None if kind == fcntl.F_UNLCK else pid
 
@@ -79,7 +107,3 @@ def lock_file(folder: Path) -> LockFile:
         status = os.fstat(fd)
         locks = _OPEN[os.getpid(), status.st_dev, status.st_ino] = LockFile(fd)
         return locks
-
-
-FINISH = _PLAN_BYTE
-"""Index of the lock that guards the manifest."""

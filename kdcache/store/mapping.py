@@ -2,8 +2,9 @@
 
 Shards are files; NumPy gathers fastest from one array. Address space is reserved for all shards of an
 array, row-aligned, and each shard's part is mapped into its place when it is first touched. Shards start
-at multiples of 4,096 rows there, so that every element size lands on a page; the gaps cost addresses, not
-memory. Over 8 or 64 shards this reads as fast as over one (grouping rows by shard: 0.5 and 0.1 of it).
+at multiples of 4,096 rows there (of more where pages are larger), so that every element size lands on a
+page; the gaps cost addresses, not memory. Over 8 or 64 shards this reads as fast as over one (grouping
+rows by shard: 0.5 and 0.1 of it).
 
 Python's own `mmap` keeps a descriptor a map; a folder of 1,000 shards would need 5,000.
 """
@@ -22,7 +23,7 @@ import numpy as np
 
 from kdcache.errors import StorageError
 
-GRID_ROWS = 4096
+GRID_ROWS = max(4096, mmap.PAGESIZE)
 _MAP_FIXED = 0x10
 _MAP_NORESERVE = 0x4000 if sys.platform.startswith("linux") else 0
 _MAP_FAILED = ctypes.c_void_p(-1).value
@@ -51,7 +52,8 @@ class Region:
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
         self.address = _mmap(None, self._length, 0, flags, -1, 0)
         buffer = (ctypes.c_char * self._length).from_address(self.address)
-        weakref.finalize(buffer, _libc.munmap, self.address, self._length)
+        # Not at exit: a daemon thread may still be reading then.
+        weakref.finalize(buffer, _libc.munmap, self.address, self._length).atexit = False
         self.array: np.ndarray = np.frombuffer(
             memoryview(buffer).cast("B"), dtype, rows * self.row_bytes // np.dtype(dtype).itemsize
         ).reshape(rows, *row_shape)
@@ -116,26 +118,27 @@ class PreadRegion:
 
     def __init__(self, dtype: str, row_shape: tuple[int, ...]) -> None:
         self.row_bytes = int(np.dtype(dtype).itemsize * np.prod(row_shape, dtype=np.int64))
-        self._starts: list[int] = []
-        self._parts: list[tuple[int, int]] = []
+        self._parts: tuple[list[int], list[tuple[int, int]]] = ([], [])
 
     def place(self, fd: int, offset: int, row: int, rows: int) -> None:
         """Remembers that `rows` rows from grid row `row` on lie at `offset` of the file `fd`."""
         del rows
         duplicate = os.dup(fd)
-        weakref.finalize(self, os.close, duplicate)
-        at = bisect.bisect(self._starts, row)
-        self._starts.insert(at, row)
-        self._parts.insert(at, (duplicate, offset))
+        weakref.finalize(self, os.close, duplicate).atexit = False
+        starts, parts = self._parts
+        at = bisect.bisect(starts, row)
+        # One assignment, since other threads may be reading.
+        self._parts = ([*starts[:at], row, *starts[at:]], [*parts[:at], (duplicate, offset), *parts[at:]])
 
     def take(self, rows: np.ndarray, out: np.ndarray) -> None:
         """Copies the grid rows `rows` (n,) into `out` (n, ...), which is C-contiguous."""
         target = out.reshape(-1).view(np.uint8).data
         width = self.row_bytes
+        starts, parts = self._parts
         for i, row in enumerate(rows.tolist()):
-            part = bisect.bisect_right(self._starts, row) - 1
-            fd, offset = self._parts[part]
-            at = offset + (row - self._starts[part]) * width
+            part = bisect.bisect_right(starts, row) - 1
+            fd, offset = parts[part]
+            at = offset + (row - starts[part]) * width
             if os.preadv(fd, [target[i * width : (i + 1) * width]], at) != width:
                 raise StorageError(f"a shard ended at byte {at} while it was read")
 

@@ -216,7 +216,7 @@ def file_sha256(read: Callable[[int, int], bytes], size: int) -> str:
 
 def remove_temporaries(folder: Path, name: str = "") -> None:
     """Removes temporary files of `name` (all, if empty) that a killed process left; hold the lock first."""
-    prefix = f"{TEMPORARY_PREFIX}{name}"
+    prefix = f"{TEMPORARY_PREFIX}{name}-" if name else TEMPORARY_PREFIX
     with contextlib.suppress(FileNotFoundError), posix.translated("clean", folder):
         for entry in os.scandir(folder):
             if entry.name.startswith(prefix):

@@ -18,7 +18,7 @@ import numpy as np
 
 from kdcache.errors import CorruptCacheError, IncompleteCacheError, KDCacheError, MismatchError
 from kdcache.format.checksums import header_digest, row_crcs
-from kdcache.format.hdf5_parser import parse
+from kdcache.format.hdf5_parser import ParsedFile, parse
 from kdcache.format.headers import shard_header
 from kdcache.format.identity import show_id
 from kdcache.format.manifest import ShardRecord
@@ -87,6 +87,10 @@ class _Findings:
         self.problems.append(str(error))
         self.damaged |= not isinstance(error, IncompleteCacheError)
 
+    @property
+    def missing(self) -> bool:
+        return bool(self.problems) and not self.damaged
+
 
 def verify(
     path: str | Path,
@@ -121,7 +125,7 @@ def verify(
         if expect_root is not None and root != expect_root:
             raise MismatchError(f"{path} has the root hash {root}, expected {expect_root}; it is another dump")
         _check_all(catalog, findings, progress)
-    report = VerifyReport(root, findings.rows, findings.bytes, tuple(findings.problems), not findings.damaged)
+    report = VerifyReport(root, findings.rows, findings.bytes, tuple(findings.problems), findings.missing)
     if raise_on_error:
         report.raise_on_error()
     return report
@@ -139,7 +143,8 @@ def _check_all(catalog: Catalog, findings: _Findings, progress: Callable[[int], 
                 elif part.view == catalog.views[0]:
                     _check_payload(read, size, catalog, part)
                 findings.rows += _check_rows(read, part, catalog)
-                findings.bytes += size
+                if record is not None or part.view == catalog.views[0]:  # views of a one-file cache share the file
+                    findings.bytes += size
             finally:
                 os.close(fd)
             if progress is not None:
@@ -173,8 +178,20 @@ def _check_shard_file(
 
 def _check_payload(read: Callable[[int, int], bytes], size: int, catalog: Catalog, part: Part) -> None:
     parsed = parse(read, size, name=str(part.path))
+    _check_slack(read, size, parsed, name=str(part.path))
     if catalog.header is not None and payload_sha256(read, parsed.arrays) != catalog.header.payload_sha256:
         raise CorruptCacheError(f"{part.path}: the sha256 of its payload is not the one in its header")
+
+
+def _check_slack(read: Callable[[int, int], bytes], size: int, parsed: ParsedFile, *, name: str) -> None:
+    """Every byte that is neither header nor payload is zero (a folder's manifest has a digest of these bytes)."""
+    known = [*parsed.headers, *((a.offset, a.stop) for a in parsed.arrays.values())]
+    cursor = 0
+    for start, stop in [*sorted(known), (size, size)]:
+        for offset in range(cursor, start, _BLOCK_BYTES):
+            if any(read(offset, min(_BLOCK_BYTES, start - offset))):
+                raise CorruptCacheError(f"{name}: bytes between its arrays, from byte {cursor} on, are not zero")
+        cursor = stop
 
 
 def _check_rows(read: Callable[[int, int], bytes], part: Part, catalog: Catalog) -> int:

@@ -15,15 +15,30 @@ from typing import Any
 
 import numpy as np
 
-from kdcache.errors import DataError, LogitsError, MismatchError, UsageError
+from kdcache.errors import DataError, LogitsError, UsageError
 from kdcache.format.encodings import Encoding, bad_rows, encode
-from kdcache.format.identity import as_sample_ids, show_id
-from kdcache.format.manifest import ClassList, ShardRecord
-from kdcache.format.schema import RowSchema
+from kdcache.format.headers import FileHeader
+from kdcache.format.identity import MAX_ID_BYTES, as_sample_ids, show_id
+from kdcache.format.manifest import ShardRecord
+from kdcache.format.schema import MAX_ROWS, RowSchema
+from kdcache.format.strict_json import MAX_JSON_BYTES
 from kdcache.store import posix
-from kdcache.store.dump import DumpFolder, open_dump, refuse_foreign, remove_dump, remove_empty
+from kdcache.store.dump import (
+    MANIFEST,
+    PLAN,
+    DumpFolder,
+    clear_dump,
+    open_dump,
+    read_manifest,
+    refuse_foreign,
+    remove_dump,
+    remove_empty,
+)
+from kdcache.store.incoming import as_float_array, check_labels, class_list, consecutive, fit_ids, plain_provenance
+from kdcache.store.locks import FINISH
 from kdcache.store.merge import merge
-from kdcache.store.plan import Plan, default_shard_rows, parse_plan
+from kdcache.store.parts import read_catalog
+from kdcache.store.plan import Plan, default_shard_rows, parse_plan, plan_of_manifest
 from kdcache.store.shards import ContainerWriter
 from kdcache.store.versions import versions
 
@@ -67,36 +82,42 @@ class Writer:
     ) -> None:
         self.path = Path(path)
         self._folder, self._one_file = dump_folder_of(self.path)
-        names = None if isinstance(classes, int) else tuple(str(c) for c in classes)
-        count = classes if isinstance(classes, int) else len(classes)
-        self._classes = ClassList.of(count, names)
-        Encoding(dtype, (count,))  # refuses a wrong dtype or class count before anything is touched
+        self._classes = class_list(classes)
+        Encoding(dtype, (self._classes.count,))  # refuses a wrong dtype or count before anything is touched
+        if shard_rows is not None and shard_rows < 1:
+            raise UsageError(f"shard_rows must be at least 1, found {shard_rows}")
+        if id_bytes is not None and not 1 <= id_bytes <= MAX_ID_BYTES:
+            raise UsageError(f"id_bytes must be 1 to {MAX_ID_BYTES}, found {id_bytes}")
         self._dtype = dtype
         self._shard_rows = shard_rows
         self._id_bytes = id_bytes
-        self._provenance = {**(provenance or {}), "writer": "kdcache.Writer", "versions": versions()}
-        self._resume = resume
+        self._provenance = plain_provenance({**(provenance or {}), "writer": "kdcache.Writer", "versions": versions()})
         self._dump: DumpFolder | None = None
         self._records: list[ShardRecord] = []
         self._container: ContainerWriter | None = None
         self._seen: set[Any] = set()
         self._done = np.empty(0, np.int64)
         self._closed = False
-        self._prepare(overwrite=overwrite)
+        self._failed = False
+        self._prepare(resume=resume, overwrite=overwrite)
 
-    def _prepare(self, *, overwrite: bool) -> None:
+    def _prepare(self, *, resume: bool, overwrite: bool) -> None:
+        if self._one_file and self.path.is_dir():
+            raise UsageError(f"{self.path} is a folder, and a name in .h5 asks for one file; choose another path")
         if overwrite:
             remove_dump(self._folder)
             if self._one_file:
+                if self.path.exists():
+                    read_catalog(self.path)  # only a cache is ever removed
                 with posix.translated("remove", self.path):
                     posix.unlink(self.path)
-        elif not self._resume and (self.path.exists() or self._folder.exists()):
+        elif not resume and (self.path.exists() or self._folder.exists()):
             refuse_foreign(self._folder)
             if self.path.is_file() or any(self._folder.iterdir()):
                 raise UsageError(
                     f"{self.path} exists; pass resume=True to go on, overwrite=True to replace it, or another path"
                 )
-        if self._resume:
+        if resume:
             self._read_back()
 
     @property
@@ -139,30 +160,49 @@ class Writer:
             raise DataError(f"{len(ids)} sample ids for {len(values)} rows of logits")
         if not len(ids):
             return
+        if self._dump is not None and self._dump.finished:
+            raise UsageError(f"all rows of {self.path} were committed before; close the writer, which makes the file")
         bad = bad_rows(values)
         if bad.size:
             raise LogitsError(f"the logits of sample {show_id(ids[bad[0]])} hold NaN, +inf or -inf alone")
         label = check_labels(labels, ids, self._classes.count)
         digests = None if input_digests is None else np.asarray(input_digests, np.uint64)
+        if digests is not None and digests.shape != (len(ids),):
+            raise DataError(f"{digests.shape} input digests for {len(ids)} rows; one is needed for each")
+        fresh = self._unseen(ids)
+        encoding = Encoding(self._dtype, values.shape[1:]) if self._dump is None else self._dump.plan.schema.encoding
+        encoded = encode(encoding, values)
         dump = self._start(ids, values, has_labels=label is not None, has_digests=digests is not None)
-        self._remember(ids)
         schema = dump.plan.schema
         rows: dict[str, np.ndarray] = {"sample_id": fit_ids(ids, schema)}
         if schema.has_labels:
             rows["label"] = label if label is not None else np.full(len(ids), -1, np.int64)
-        if schema.has_digests:
-            if digests is None or len(digests) != len(ids):
-                raise DataError("input_digests must be given for every row, as in the first batch")
+        elif label is not None:
+            raise DataError("labels must be given from the first batch on; pass -1 for rows without one")
+        if schema.has_digests != (digests is not None):
+            raise DataError("input_digests must be given for every row or for none, as in the first batch")
+        if digests is not None:
             rows["input_digest"] = digests
-        encoded = encode(schema.encoding, values)
-        self._append(dump, {**rows, **encoded.arrays}, encoded.clamped)
+        try:
+            self._append(dump, {**rows, **encoded.arrays}, encoded.clamped)
+        except BaseException:
+            # Rows of this batch may be in the shard in hand already, so it must never be published.
+            self._failed = True
+            self.abandon()
+            raise
+        self._seen |= fresh
 
     def close(self) -> None:
         """Commits the last shard and publishes the manifest (and, for `.h5`, the one file).
 
         Raises:
             DataError: no rows were written.
+            UsageError: an earlier write failed, and the exception did not end the `with` block.
         """
+        if self._failed:
+            raise UsageError(
+                f"{self.path} is not finished: an earlier write failed. Committed shards stay; go on with resume=True"
+            )
         if self._closed:
             return
         dump = self._dump
@@ -176,8 +216,10 @@ class Writer:
             if not dump.finished:
                 dump.finish(self._records, samples=samples)
             if self._one_file:
-                merge(self._folder, self.path)
-                remove_dump(self._folder)
+                if not self.path.exists():
+                    merge(self._folder, self.path)
+                with dump.exclusive(FINISH):
+                    clear_dump(self._folder)
                 remove_empty(self._folder)
         finally:
             self.abandon()
@@ -189,20 +231,20 @@ class Writer:
             self._container.abandon()
             self._container = None
         if self._dump is not None:
-            self._dump.release(0, self._index_in_hand)
+            self._dump.disown()
 
     @property
     def _index_in_hand(self) -> int:
         return len(self._records)
 
     def _read_back(self) -> None:
-        """Takes up the shards of an unfinished dump; its plan is compared at the first write."""
-        if (self._folder / "manifest.json").exists() or self.path.is_file():
+        """Takes up the shards of an unfinished dump; its plan is compared with this writer's."""
+        finished = (self._folder / MANIFEST).exists()
+        if self.path.is_file() or (finished and not self._one_file):
             raise UsageError(f"{self.path} is finished; pass overwrite=True to replace it, or another path")
-        plan_path = self._folder / "plan.json"
-        if not plan_path.exists():
+        found = self._found_plan(finished)
+        if found is None:
             return
-        found = parse_plan(posix.read_file(plan_path, 1 << 28), where=str(plan_path))
         wanted = replace(
             found,
             schema=replace(found.schema, encoding=replace(found.schema.encoding, dtype=self._dtype)),
@@ -211,13 +253,27 @@ class Writer:
             shard_rows=self._shard_rows or found.shard_rows,
         )
         dump = open_dump(self._folder, wanted)
-        while (record := dump.record(0, len(self._records))) is not None:
-            self._records.append(record)
-        if self._records and self._records[-1].rows < found.shard_rows:
-            raise MismatchError(f"{self.path} ends in a short shard; finish it with overwrite=True")
-        self._done = read_ids(dump, self._records)
-        self._seen = set(self._done.tolist())
-        self._take(dump)
+        dump.own()
+        try:
+            if finished:
+                self._records = list(read_manifest(self._folder).shards)
+            while not finished and (record := dump.record(0, len(self._records))) is not None:
+                if record.rows < found.shard_rows:  # killed while closing: more rows may follow, so it is done again
+                    dump.discard(0, len(self._records))
+                    break
+                self._records.append(record)
+            self._done = read_ids(dump, self._records)
+            self._seen = set(self._done.tolist())
+        except BaseException:
+            dump.disown()
+            raise
+        self._dump = dump
+
+    def _found_plan(self, finished: bool) -> Plan | None:
+        if finished:  # killed while the shards were merged into one file
+            return plan_of_manifest(read_manifest(self._folder), samples_known=False)
+        path = self._folder / PLAN
+        return parse_plan(posix.read_file(path, MAX_JSON_BYTES), where=str(path)) if path.exists() else None
 
     def _start(self, ids: np.ndarray, values: np.ndarray, *, has_labels: bool, has_digests: bool) -> DumpFolder:
         if self._dump is not None:
@@ -226,20 +282,20 @@ class Writer:
             id_dtype = "<i8"
         else:
             longest = ids.dtype.itemsize
-            id_dtype = f"|S{self._id_bytes or min(1024, -(-2 * longest // _ID_ROUND) * _ID_ROUND)}"
+            id_dtype = f"|S{self._id_bytes or min(MAX_ID_BYTES, -(-2 * longest // _ID_ROUND) * _ID_ROUND)}"
         schema = RowSchema(Encoding(self._dtype, values.shape[1:]), id_dtype, has_labels, has_digests)
         rows = self._shard_rows or default_shard_rows(schema.row_bytes)
+        if self._one_file:  # refuses now what would not fit into the header at the end
+            FileHeader(schema, self._classes, MAX_ROWS, (0,), None, self._provenance).dump()
         dump = open_dump(self._folder, Plan(schema, self._classes, rows, None, self._provenance))
-        self._take(dump)
+        dump.own()
+        if dump.finished or dump.record(0, 0) is not None:  # another process was faster
+            dump.disown()
+            raise UsageError(f"{self.path} was written by another process meanwhile; choose another path")
+        self._dump = dump
         return dump
 
-    def _take(self, dump: DumpFolder) -> None:
-        if not dump.claim(0, self._index_in_hand):
-            holder = dump.holder(0, self._index_in_hand)
-            raise MismatchError(f"{self._folder} is being written by process {holder}; wait for it or stop it")
-        self._dump = dump
-
-    def _remember(self, ids: np.ndarray) -> None:
+    def _unseen(self, ids: np.ndarray) -> set[Any]:
         values = ids.tolist()
         fresh = set(values)
         if len(fresh) != len(values):
@@ -248,7 +304,7 @@ class Writer:
         both = self._seen & fresh
         if both:
             raise DataError(f"the sample id {show_id(next(iter(both)))} was written before; ids must be unique")
-        self._seen |= fresh
+        return fresh
 
     def _append(self, dump: DumpFolder, rows: dict[str, np.ndarray], clamped: int) -> None:
         count = len(rows["sample_id"])
@@ -256,6 +312,7 @@ class Writer:
         while done < count:
             start = self._index_in_hand * dump.plan.shard_rows
             if self._container is None:
+                dump.clear_shard(0, self._index_in_hand)
                 self._container = dump.container(0, self._index_in_hand, start, start + dump.plan.shard_rows)
             room = dump.plan.shard_rows - self._container.written
             piece = {n: a[done : done + room] for n, a in rows.items()}
@@ -266,7 +323,6 @@ class Writer:
             done += taken
             if self._container.written == dump.plan.shard_rows:
                 self._commit(dump)
-                self._take(dump)
 
     def _commit(self, dump: DumpFolder) -> None:
         container = self._container
@@ -280,7 +336,6 @@ class Writer:
         dump.commit(container, record, index)
         self._container = None
         self._records.append(record)
-        dump.release(0, index)
 
     def _shortened(self, dump: DumpFolder, full: ContainerWriter, index: int, start: int) -> ContainerWriter:
         """The last shard has fewer rows than its file was laid out for: copies them into one that fits."""
@@ -300,69 +355,6 @@ def dump_folder_of(path: Path) -> tuple[Path, bool]:
     if path.suffix == ".h5":
         return path.with_name(f"{path.name}.parts"), True
     return path, False
-
-
-def as_float_array(logits: Any) -> np.ndarray:
-    """Logits as a NumPy array of a type NumPy knows; tensors come to the CPU, bfloat16 becomes float32.
-
-    Raises:
-        LogitsError: not an array of floats.
-    """
-    if hasattr(logits, "detach"):  # a tensor, without importing torch
-        tensor = logits.detach()
-        logits = (tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor).cpu().numpy()
-    values = np.asarray(logits)
-    if values.dtype.kind != "f":
-        raise LogitsError(f"logits must be floating point, found {type(logits).__name__} of {values.dtype}")
-    return values
-
-
-def check_labels(labels: Any, ids: np.ndarray, classes: int) -> np.ndarray | None:
-    """(N,) int64 labels in [-1, C), or None where none were given.
-
-    Raises:
-        DataError: another length, not integers, or out of range; the message names the sample.
-    """
-    if labels is None:
-        return None
-    values = np.asarray(labels.detach().cpu() if hasattr(labels, "detach") else labels)
-    if values.shape != (len(ids),) or values.dtype.kind not in "iu":
-        raise DataError(f"labels have shape {values.shape} and type {values.dtype}, expected ({len(ids)},) integers")
-    wrong = np.flatnonzero((values < -1) | (values >= classes))
-    if wrong.size:
-        first = wrong[0]
-        raise DataError(
-            f"sample {show_id(ids[first])} has label {values[first]}, expected 0 to {classes - 1}, or -1 for none"
-        )
-    return values.astype(np.int64)
-
-
-def fit_ids(ids: np.ndarray, schema: RowSchema) -> np.ndarray:
-    """Ids in the stored type.
-
-    Raises:
-        DataError: of another kind, or text that is too long for it.
-    """
-    if (ids.dtype.kind == "i") != (schema.id_dtype == "<i8"):
-        raise DataError(f"sample ids changed from {schema.id_dtype} to {ids.dtype}; use one kind")
-    if ids.dtype.itemsize > np.dtype(schema.id_dtype).itemsize:
-        lengths = np.char.str_len(ids)
-        if int(lengths.max()) > np.dtype(schema.id_dtype).itemsize:
-            raise DataError(
-                f"the sample id {show_id(ids[int(lengths.argmax())])} is longer than the {schema.id_dtype[2:]} bytes "
-                "that the first batch asked for; pass id_bytes= with the length of the longest id"
-            )
-    return ids.astype(schema.id_dtype)
-
-
-def consecutive(ids: np.ndarray) -> tuple[int, int] | None:
-    """(first, last) where ids are consecutive integers, else None."""
-    if ids.dtype.kind != "i" or not len(ids):
-        return None
-    first, last = int(ids[0]), int(ids[-1])
-    if last - first + 1 != len(ids) or not bool((np.diff(ids) == 1).all()):
-        return None
-    return first, last
 
 
 def read_ids(dump: DumpFolder, records: list[ShardRecord]) -> np.ndarray:

@@ -1,8 +1,9 @@
 """Does a cached row belong to the item beside it? Labels on every batch, input digests on a part of them.
 
-The digest of an input costs 5-10 us (a hash of its bytes), too much for every item of every epoch: `sample`
-compares the first 256 items that a data set object serves (in a worker: its copy) and then the same 1 in 64
-of the samples in every epoch, chosen by a hash of the id. A wrong order, file or transform shows at once.
+The digest of an input is a hash of its bytes (14 us for 3 x 32 x 32 float32, 0.5 ms for 3 x 224 x 224), too
+much for every item of every epoch: `sample` compares the first 256 items that a data set object serves (in a
+worker: its copy) and then the same 1 in 64 of the samples in every epoch, chosen by a hash of the id. A wrong
+order, file or transform shows at once.
 """
 
 from __future__ import annotations

@@ -24,13 +24,13 @@ from kdcache.errors import MismatchError
 from kdcache.format.encodings import Encoding
 from kdcache.store.rows import TeacherRows
 
-# Tensors up to this size leave a worker through its pipe: sending one through shared memory costs 50-100 us
-# (a file, a descriptor passed over a socket, two mmaps), whatever its size.
+# Tensors up to this size leave a worker through its pipe: pickling 1 kB takes 7 us as bytes and 56 us as shared
+# memory (a file, a descriptor passed over a socket), and the receiver has to map that.
 PIPE_BYTES = 64 << 10
 
 
 @final
-@dataclass(slots=True, eq=False)  # not frozen: that would triple the 0.1 us which making one costs per row
+@dataclass(slots=True, eq=False)  # not frozen: 0.10 instead of 0.25 us to make one, for every item
 class TeacherRow:
     """One row of a gathered batch of tensors; `batch` may be shared with the other rows of the same batch."""
 

@@ -92,12 +92,12 @@ def collate_ids(
 ) -> SampleIds:
     """The ids of a batch (registered with `default_collate` when this module is imported)."""
     values = [sample.value for sample in batch]
-    integers = set(map(type, values)) == {int}  # the rule, and five times faster than looking at each
+    integers = set(map(type, values)) == {int}  # the rule, and three times faster than looking at each
     return SampleIds(np.array(values, np.int64) if integers else as_sample_ids(values))
 
 
 def _with_id(item: Any, value: int | bytes) -> Any:
-    if isinstance(item, tuple):  # first, since asking whether it is a Mapping takes as long as all the rest
+    if isinstance(item, tuple):  # first, since asking whether it is a Mapping takes a third of the time
         return (*item, SampleId(value))
     if isinstance(item, Mapping):
         return {**item, SAMPLE_ID_KEY: SampleId(value)}

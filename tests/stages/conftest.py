@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -54,3 +55,15 @@ def make_toy(tmp_path: Path) -> Callable[..., Toy]:
 @pytest.fixture
 def toy(make_toy: Callable[..., Toy]) -> Toy:
     return make_toy()
+
+
+@pytest.fixture
+def dumps(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Runs of `precompute` in processes of their own (`precompute_runs.Dumps`), all with one date."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+    from precompute_runs import Dumps
+
+    runs = Dumps()
+    yield runs
+    runs.end_sessions()

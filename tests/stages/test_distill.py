@@ -187,7 +187,7 @@ def test_steps_take_the_place_of_epochs_whatever_the_number_of_rows(toy: Any) ->
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-@pytest.mark.parametrize("amp", ["none", "bf16"])
+@pytest.mark.parametrize("amp", ["none", "bf16", "fp16"])
 def test_training_draws_the_student_to_its_teacher(toy: Any, tmp_path: Path, optimizer: str, amp: str) -> None:
     options = replace(
         OPTIONS, epochs=30, optimizer=optimizer, lr=0.02, alpha=1.0, temperature=1.0, amp=amp, out=str(tmp_path / "run")

@@ -142,8 +142,11 @@ def test_every_step_is_a_place_to_stop_at(
         same_run(distill(replace(folder, resume=True)), expected)
 
 
-def test_another_run_is_not_resumed(options: DistillOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_run_is_not_resumed(
+    options: DistillOptions, tmp_path: Path, task: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stop_at(60, options, monkeypatch)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "interrupted"
     for change, name in [
         ({"alpha": 0.5}, "alpha"),
         ({"lr": 0.5}, "lr"),
@@ -152,6 +155,8 @@ def test_another_run_is_not_resumed(options: DistillOptions, tmp_path: Path, mon
     ]:
         with pytest.raises(MismatchError, match=f"has {name} = "):
             distill(replace(options, resume=True, **change))
+    with pytest.raises(MismatchError, match="written for another student"):
+        distill(replace(options, resume=True), student=task.plain_student())
     with Writer(tmp_path / "other", classes=4) as writer:
         writer.write(np.arange(200), np.zeros((200, 4), np.float32))
     with pytest.raises(MismatchError, match="data cache root"):

@@ -69,6 +69,15 @@ def test_samples_that_the_cache_lacks(make_toy: Any) -> None:
         distill(replace(OPTIONS, alpha=0.0), data=toy.data, val=toy.data, val_cache=toy.cache)
 
 
+def test_validation_that_can_measure_nothing(toy: Any, make_toy: Any) -> None:
+    with pytest.raises(UsageError, match="give --val-cache"):
+        distill(OPTIONS, data=toy.data, cache=toy.cache, val=TensorDataset(toy.inputs))
+    with pytest.raises(UsageError, match="--val-cache without --val"):
+        distill(OPTIONS, data=toy.data, cache=toy.cache, val_cache=toy.cache)
+    with pytest.raises(MismatchError, match=r"\(--val-cache\) has 5"):
+        distill(OPTIONS, data=toy.data, cache=toy.cache, val=toy.data, val_cache=make_toy(classes=5).cache)
+
+
 def test_nothing_left_after_skipping(toy: Any, tmp_path: Path) -> None:
     with Writer(tmp_path / "elsewhere", classes=4) as writer:
         writer.write(np.arange(1000, 1010), np.zeros((10, 4), np.float32))
