@@ -23,7 +23,7 @@ LAYOUT = {
 
 def crc_twin(arrays: list[np.ndarray], view: int, position: int, row: int) -> int:
     seed = struct.pack("<HQ", view, position)
-    return zlib.crc32(seed + b"".join(a[row].tobytes() for a in arrays))
+    return zlib.crc32(seed + b"".join(a[row : row + 1].tobytes() for a in arrays))
 
 
 @pytest.fixture

@@ -1,0 +1,163 @@
+"""A dump that is killed or stopped, and run again: the finished cache is the uninterrupted one, byte for byte."""
+
+from __future__ import annotations
+
+import random
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import kdcache
+
+SUFFIXES = ("", ".h5")
+
+
+@pytest.fixture
+def finished(dumps: Any, tmp_path: Path) -> dict[str, dict[str, bytes]]:
+    """What an uninterrupted dump leaves, as a folder and as one file."""
+    from precompute_runs import contents
+
+    found = {}
+    for suffix in SUFFIXES:
+        out = tmp_path / "uninterrupted" / f"teacher{suffix}"
+        dumps.here(out)
+        found[suffix] = contents(out)
+    return found
+
+
+def kill_and_resume(
+    dumps: Any, folder: Path, finished: dict[str, dict[str, bytes]], *, kills: int, world_sizes: tuple[int, ...]
+) -> int:
+    """Starts dumps, kills them at random moments and starts them again; returns how many caches were finished."""
+    from precompute_runs import contents, exit_codes
+
+    rng = random.Random(kills)
+    landed = made = 0
+    while landed < kills or made < len(SUFFIXES):
+        suffix = SUFFIXES[made % 2]
+        out = folder / str(made) / f"teacher{suffix}"
+        world_size = rng.choice(world_sizes)
+        ranks = dumps.start_ranks(
+            out, world_size, workers=rng.choice([0, 2]), environment={"TASK_ITEM_SECONDS": "0.001"}
+        )
+        if landed < kills:
+            ranks[0].join(rng.uniform(0.05, 0.5))
+            for rank in rng.sample(ranks, rng.randint(1, world_size)):
+                if rank.is_alive():
+                    rank.kill()
+        codes = exit_codes(ranks)
+        assert set(codes) <= {0, -9}
+        landed += codes.count(-9)
+        if 0 in codes:
+            assert contents(out) == finished[suffix]
+            made += 1
+    return made
+
+
+def test_thirty_kills_at_random_moments_change_no_byte(
+    dumps: Any, finished: dict[str, dict[str, bytes]], tmp_path: Path
+) -> None:
+    assert kill_and_resume(dumps, tmp_path / "killed", finished, kills=30, world_sizes=(1, 1, 2)) >= 2
+
+
+@pytest.mark.long
+def test_three_hundred_kills_over_changing_world_sizes_change_no_byte(
+    dumps: Any, finished: dict[str, dict[str, bytes]], tmp_path: Path
+) -> None:
+    assert kill_and_resume(dumps, tmp_path / "killed", finished, kills=300, world_sizes=(1, 2, 4)) >= 20
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_kill_before_each_call_that_changes_the_disk_changes_no_byte(
+    dumps: Any, finished: dict[str, dict[str, bytes]], tmp_path: Path, suffix: str
+) -> None:
+    """Random moments seldom meet the gap between a link and the unlink behind it; these meet all of them.
+
+    In a series of dumps each process gets one call further than the one before, in what is left to do.
+    """
+    from precompute_runs import contents, exit_codes
+
+    made, call = 0, 0
+    while True:
+        out = tmp_path / str(made) / f"teacher{suffix}"
+        call += 1
+        code = exit_codes([dumps.start(out, until_call=call)])[0]
+        if code == 0:
+            break
+        assert code == -9
+        dumps.here(out)
+        assert contents(out) == finished[suffix], f"killed before call {call}"
+        made += 1
+    assert made > 60
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_dump_goes_on_with_another_number_of_ranks_and_workers(
+    dumps: Any, finished: dict[str, dict[str, bytes]], tmp_path: Path, suffix: str
+) -> None:
+    from precompute_runs import contents, exit_codes
+
+    out = tmp_path / f"teacher{suffix}"
+    fate = {"TASK_SIGNAL": "SIGKILL", "TASK_TARGET": "main", "TASK_AT": "60", "TASK_ONCE": str(tmp_path / "once")}
+    assert exit_codes([dumps.start(out, environment=fate)]) == [-9]
+    with pytest.raises(kdcache.IncompleteCacheError, match="run the same precompute command again"):
+        kdcache.open(out)
+    assert exit_codes(dumps.start_ranks(out, 3, workers=1)) == [0, 0, 0]
+    assert contents(out) == finished[suffix]
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize(("target", "workers"), [("main", 0), ("main", 2), ("group", 0), ("group", 2)])
+def test_a_stop_signal_ends_with_75_and_the_same_dump_goes_on(
+    dumps: Any, finished: dict[str, dict[str, bytes]], tmp_path: Path, name: str, target: str, workers: int
+) -> None:
+    from precompute_runs import contents, exit_codes
+
+    out = tmp_path / "teacher"
+    fate = {"TASK_SIGNAL": name, "TASK_TARGET": target, "TASK_AT": "100", "TASK_ONCE": str(tmp_path / "once")}
+    assert exit_codes([dumps.start(out, workers=workers, environment=fate)]) == [75]
+    kept = list((out / "shards").glob("*.h5"))
+    assert kept
+    assert not list(out.rglob(".tmp-*"))
+    assert dumps.here(out).computed <= 203 - 41
+    assert contents(out) == finished[""]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_command_exits_with_75_when_its_process_group_is_stopped(
+    dumps: Any, finished: dict[str, dict[str, bytes]], tmp_path: Path, number: signal.Signals
+) -> None:
+    from precompute_runs import contents
+
+    out = tmp_path / "teacher.h5"
+    fate = {"TASK_SIGNAL": number.name, "TASK_TARGET": "group", "TASK_AT": "90", "TASK_ONCE": str(tmp_path / "once")}
+    stopped = dumps.command(out, "--workers", "1", **fate)
+    assert stopped.returncode == 75, stopped.stderr
+    assert f"stopped by {number.name}" in stopped.stderr
+    assert "Traceback" not in stopped.stderr
+    dumps.here(out)
+    assert contents(out) == finished[".h5"]
+
+
+def test_a_loader_process_that_is_killed_is_an_error_that_can_be_resumed(
+    dumps: Any, finished: dict[str, dict[str, bytes]], tmp_path: Path
+) -> None:
+    """As when memory runs out; the message is the library's, not torch's."""
+    from precompute_runs import contents
+
+    import precompute_task
+
+    class Dying(precompute_task.Task):
+        def __getitem__(self, index: int) -> Any:
+            if index == 150:
+                signal.raise_signal(signal.SIGKILL)
+            return super().__getitem__(index)
+
+    teacher = precompute_task.teacher()
+    settings = {"shard_rows": 41, "batch_size": 13, "workers": 2, "device": "cpu", "quiet": True}
+    with pytest.raises(kdcache.KDCacheError, match="loads data died.*--workers"):
+        kdcache.precompute(teacher, Dying(), tmp_path / "teacher", **settings)
+    assert list((tmp_path / "teacher" / "shards").glob("*.h5"))
+    assert not list(tmp_path.rglob(".tmp-*"))
