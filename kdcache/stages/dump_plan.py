@@ -22,7 +22,8 @@ from kdcache.stages.data import LoadedData
 from kdcache.stages.dump_feed import DumpItems, Fed, collate
 from kdcache.stages.precompute_options import PrecomputeOptions
 from kdcache.stages.teachers import LoadedTeacher
-from kdcache.store.dump import MANIFEST, PLAN, read_manifest, refuse_foreign
+from kdcache.store.dump import refuse_foreign
+from kdcache.store.folder import MANIFEST, PLAN, read_manifest
 from kdcache.store.parts import read_catalog
 from kdcache.store.plan import Plan, default_shard_rows, first_difference, parse_plan, raise_difference
 from kdcache.store.posix import read_file

@@ -40,7 +40,8 @@ from kdcache.stages.progress import Progress
 from kdcache.stages.signals import StopRequest, graceful_signals
 from kdcache.stages.teachers import LoadedTeacher
 from kdcache.store import posix
-from kdcache.store.dump import DumpFolder, clear_dump, open_dump, read_manifest, remove_dump, remove_empty
+from kdcache.store.dump import DumpFolder, clear_dump, open_dump, remove_dump, remove_empty
+from kdcache.store.folder import read_manifest
 from kdcache.store.locks import FINISH
 from kdcache.store.merge import merge
 from kdcache.store.parts import read_catalog

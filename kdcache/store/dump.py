@@ -8,12 +8,10 @@ No manifest, no cache.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import re
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -23,7 +21,6 @@ from kdcache.format.identity import canonical_json
 from kdcache.format.manifest import (
     CLASSES_FILE,
     SHARD_NAME,
-    ClassList,
     Manifest,
     ShardRecord,
     parse_manifest,
@@ -32,13 +29,11 @@ from kdcache.format.manifest import (
 )
 from kdcache.format.strict_json import MAX_JSON_BYTES, load_json
 from kdcache.store import posix
+from kdcache.store.folder import MANIFEST, PLAN, SHARDS, read_manifest
 from kdcache.store.locks import FINISH, OWNER, lock_file
 from kdcache.store.plan import Plan, parse_plan, plan_of_manifest, require_same_plan
 from kdcache.store.shards import TEMPORARY_PREFIX, ContainerWriter, file_sha256, remove_temporaries
 
-MANIFEST = "manifest.json"
-PLAN = "plan.json"
-SHARDS = "shards"
 _IN_SHARDS = re.compile(rf"{SHARD_NAME.pattern[:-2]}(h5|json)|\.tmp-.*")
 _OURS = {MANIFEST, PLAN, SHARDS, ".lock", "README.md", CLASSES_FILE}
 
@@ -243,31 +238,6 @@ def utc_now() -> str:
     fixed = os.environ.get("SOURCE_DATE_EPOCH", "")
     when = datetime.fromtimestamp(int(fixed), timezone.utc) if fixed.isdigit() else datetime.now(timezone.utc)
     return when.strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a folder cache.
-
-    Raises:
-        IncompleteCacheError: there is none.
-        CorruptCacheError: it is not what our writer wrote.
-    """
-    path = folder / MANIFEST
-    manifest = parse_manifest(posix.read_file(path, MAX_JSON_BYTES), where=str(path))
-    if manifest.classes.names is None and manifest.classes.sha256 is not None:
-        return replace(manifest, classes=_read_classes(folder / CLASSES_FILE, manifest.classes))
-    return manifest
-
-
-def _read_classes(path: Path, classes: ClassList) -> ClassList:
-    """The names of a class list that has a file of its own, checked against their hash."""
-    text = posix.read_file(path, MAX_JSON_BYTES)
-    if hashlib.sha256(text).hexdigest() != classes.sha256:
-        raise CorruptCacheError(f"{path}: the class names do not match the hash in the manifest; fetch the file again")
-    names = load_json(b'{"names":' + text + b"}", where=str(path))["names"]
-    if not isinstance(names, list) or len(names) != classes.count or not all(isinstance(n, str) for n in names):
-        raise CorruptCacheError(f"{path}: expected a list of {classes.count} names")
-    return replace(classes, names=tuple(names))
 
 
 def open_dump(folder: Path, plan: Plan, *, merged: Path | None = None) -> DumpFolder:

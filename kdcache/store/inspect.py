@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from kdcache.store.dump import PLAN, SHARDS
+from kdcache.store.folder import PLAN, SHARDS
 from kdcache.store.parts import read_catalog
 
 

@@ -21,7 +21,7 @@ from kdcache.format.headers import FileHeader, parse_file_header
 from kdcache.format.manifest import ClassList, ShardRecord
 from kdcache.format.schema import RowSchema
 from kdcache.store import posix
-from kdcache.store.dump import MANIFEST, PLAN, SHARDS, read_manifest
+from kdcache.store.folder import MANIFEST, PLAN, SHARDS, read_manifest
 
 
 @dataclass(frozen=True)

@@ -24,16 +24,14 @@ from kdcache.format.schema import MAX_ROWS, RowSchema
 from kdcache.format.strict_json import MAX_JSON_BYTES
 from kdcache.store import posix
 from kdcache.store.dump import (
-    MANIFEST,
-    PLAN,
     DumpFolder,
     clear_dump,
     open_dump,
-    read_manifest,
     refuse_foreign,
     remove_dump,
     remove_empty,
 )
+from kdcache.store.folder import MANIFEST, PLAN, read_manifest
 from kdcache.store.incoming import as_float_array, check_labels, class_list, consecutive, fit_ids, plain_provenance
 from kdcache.store.locks import FINISH
 from kdcache.store.merge import merge

