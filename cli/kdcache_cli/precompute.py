@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import kdcache
@@ -28,6 +29,55 @@ def command(as_json: bool, **options: Any) -> None:
     """
     from kdcache.stages.precompute import summary
 
-    result = kdcache.precompute(options=PrecomputeOptions(**options))
+    result = summary(kdcache.precompute(options=PrecomputeOptions(**options)))
     if is_first_process():
-        emit(summary(result), as_json=as_json)
+        emit(result, as_json=as_json, text=cost_text(result) if options["dry_run"] else done_text(result))
+
+
+def done_text(result: Mapping[str, Any]) -> str:
+    """What was done, for people."""
+    lines = [
+        f"{result['path']}: {result['samples']:,} samples, {size_text(result['bytes'])}",
+        f"computed here: {result['computed']:,} rows in {time_text(result['seconds'])}"
+        + (f" ({result['rows_per_second']:,.0f} rows/s)" if result["computed"] else ""),
+    ]
+    if result["finished"]:
+        lines.append(f"root hash: {result['root']}")
+    else:
+        lines.append("not finished: the shards of this process are done, others (--shard) are not")
+    return "\n".join(lines)
+
+
+def cost_text(result: Mapping[str, Any]) -> str:
+    """What a dump would cost, for people."""
+    students = result["break_even_students"]
+    return "\n".join(
+        [
+            "nothing was written (--dry-run)",
+            f"size:      {size_text(result['bytes'])} for {result['rows']:,} rows of {result['bytes_per_row']:,} bytes",
+            f"shards:    {result['shards']:,}",
+            f"free disk: {size_text(result['free_bytes'])}",
+            f"speed:     {result['rows_per_second']:,.0f} rows/s in this process, loading included",
+            f"time:      about {time_text(result['seconds'])} for one process",
+            f"pays off:  after {result['break_even_epochs']:.3g} epochs with a live teacher, that is with student "
+            f"number {students} of {result['epochs']} epochs",
+        ]
+    )
+
+
+def size_text(count: int) -> str:
+    """Bytes for people, in powers of 1,000."""
+    value, unit = float(count), "bytes"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 1000:
+            break
+        value, unit = value / 1000, larger
+    return f"{value:.4g} {unit}"
+
+
+def time_text(seconds: float) -> str:
+    """A duration for people."""
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"

@@ -78,7 +78,7 @@ def bad_rows(logits: np.ndarray) -> np.ndarray:
         (n,) int64 positions, ascending.
     """
     top = logits.max(axis=1)  # NaN propagates; +inf and a row of -inf alone show as infinite
-    good = np.isfinite(top) & (top <= FLOAT32_MAX)
+    good = np.isfinite(top) & (top.astype(np.float64) <= FLOAT32_MAX)
     return np.flatnonzero(~good.all(axis=tuple(range(1, good.ndim))))
 
 
@@ -136,6 +136,11 @@ def decode(encoding: Encoding, arrays: dict[str, Any]) -> Any:
         return as_float
     as_float += arrays["row_max"][:, None]
     return as_float
+
+
+def label_count(classes: int) -> int:
+    """How many labels there are beside `classes` logits: as many, but two beside the single logit of a yes or no."""
+    return max(2, classes)
 
 
 def encoding_from_json(value: Any) -> Encoding:

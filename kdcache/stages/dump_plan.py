@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -57,7 +58,7 @@ def early_checks(out: Path, data: LoadedData, sample_ids: np.ndarray, options: P
     Raises:
         UsageError: `out` holds something that is not a cache.
         MismatchError: it holds the dump of other data, or another precision.
-        StorageError: too little disk.
+        StorageError: too little disk, or no permission.
     """
     folder, one_file = dump_folder_of(out)
     if one_file and out.is_dir():
@@ -70,6 +71,8 @@ def early_checks(out: Path, data: LoadedData, sample_ids: np.ndarray, options: P
         )
     found = None if options.overwrite else _existing_provenance(out, folder)
     if found is None:
+        if not os.access(_existing_folder(out), os.W_OK):
+            raise StorageError(f"{out} cannot be written: no permission in {_existing_folder(out)}; choose another --out")
         if data.num_classes and not options.dry_run:
             width = 2 if options.dtype == "float16" else 4
             check_disk(out, len(sample_ids) * (data.num_classes * width + 32) * (2 if one_file else 1))
@@ -102,7 +105,7 @@ def make_job(
             f"--batch-size {options.batch_size} is above {teacher.max_batch}, the most that the exported teacher takes"
         )
     items = DumpItems(data.dataset, sample_ids, teacher.transform)
-    probe = _feed(items, min(2, len(items)))
+    probe = feed(items, list(range(min(2, len(items)))))
     logits = forward(teacher.module.to(device), probe.inputs, device, options)
     row_shape = check_logits(logits, rows=min(2, len(items)))
     encoding = Encoding(options.dtype, row_shape)
@@ -205,11 +208,16 @@ def check_disk(out: Path, needed: int) -> int:
 
 
 def free_bytes(path: Path) -> int:
-    """Free bytes on the disk of the nearest folder above `path` that exists."""
+    """Free bytes on the disk where `path` is or will be."""
+    return shutil.disk_usage(_existing_folder(path)).free
+
+
+def _existing_folder(path: Path) -> Path:
+    """The nearest folder at or above `path` that exists."""
     folder = path.absolute()
-    while not folder.exists():
+    while not folder.is_dir():
         folder = folder.parent
-    return shutil.disk_usage(folder).free
+    return folder
 
 
 def limited_ids(sample_ids: np.ndarray, limit: int | None) -> np.ndarray:
@@ -223,8 +231,13 @@ def limited_ids(sample_ids: np.ndarray, limit: int | None) -> np.ndarray:
     return sample_ids if limit is None else sample_ids[:limit]
 
 
-def _feed(items: DumpItems, count: int) -> Fed:
-    collated = collate([items[index] for index in range(count)])
+def feed(items: DumpItems, indices: list[int]) -> Fed:
+    """One batch of items, loaded in this process.
+
+    Raises:
+        KDCacheError: what went wrong with an item; the message names the sample.
+    """
+    collated = collate(items.__getitems__(indices))
     if not isinstance(collated, tuple):
         raise collated.kind(collated.message)
     inputs, labels, digests = collated

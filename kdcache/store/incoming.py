@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from kdcache.errors import CorruptCacheError, DataError, LogitsError, UsageError
+from kdcache.format.encodings import label_count
 from kdcache.format.identity import canonical_json, show_id
 from kdcache.format.manifest import ClassList, parse_provenance
 from kdcache.format.schema import RowSchema
@@ -40,11 +41,12 @@ def check_labels(labels: Any, ids: np.ndarray, classes: int) -> np.ndarray | Non
     values = np.asarray(labels.detach().cpu() if hasattr(labels, "detach") else labels)
     if values.shape != (len(ids),) or values.dtype.kind not in "iu":
         raise DataError(f"labels have shape {values.shape} and type {values.dtype}, expected ({len(ids)},) integers")
-    wrong = np.flatnonzero((values < -1) | (values >= classes))
+    count = label_count(classes)
+    wrong = np.flatnonzero((values < -1) | (values >= count))
     if wrong.size:
         first = wrong[0]
         raise DataError(
-            f"sample {show_id(ids[first])} has label {values[first]}, expected 0 to {classes - 1}, or -1 for none"
+            f"sample {show_id(ids[first])} has label {values[first]}, expected 0 to {count - 1}, or -1 for none"
         )
     return values.astype(np.int64)
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from kdcache.errors import CorruptCacheError, IncompleteCacheError, KDCacheError, MismatchError
 from kdcache.format.checksums import header_digest, row_crcs
+from kdcache.format.encodings import label_count
 from kdcache.format.hdf5_parser import ParsedFile, parse
 from kdcache.format.headers import shard_header
 from kdcache.format.identity import show_id
@@ -215,8 +216,8 @@ def _check_rows(read: Callable[[int, int], bytes], part: Part, catalog: Catalog)
             )
         if "label" in block:
             labels = block["label"]
-            if int(labels.min()) < -1 or int(labels.max()) >= catalog.classes.count:
-                raise CorruptCacheError(f"{part.path}: a label lies outside -1 to {catalog.classes.count - 1}")
+            if int(labels.min()) < -1 or int(labels.max()) >= label_count(catalog.classes.count):
+                raise CorruptCacheError(f"{part.path}: a label lies outside -1 to {label_count(catalog.classes.count) - 1}")
         if catalog.first_id is not None and not bool((block["sample_id"] == catalog.first_id + positions).all()):
             raise CorruptCacheError(f"{part.path}: sample ids are not the consecutive range that the manifest says")
     return part.rows

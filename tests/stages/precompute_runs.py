@@ -42,14 +42,12 @@ class Dumps:
         assert isinstance(result, PrecomputeResult)
         return result
 
-    def start(self, out: Path, *, until_call: int | None = None, environment: Any = (), **changes: Any) -> BaseProcess:
-        """A dump in a process of its own; `until_call` kills it before a system call."""
-        options, variables = self.options(out, **changes), {**DATE, **dict(environment)}
-        process: BaseProcess = (
-            _FORKS.Process(target=task.dump, args=(options, variables))
-            if until_call is None
-            else _FORKS.Process(target=task.dump_until_call, args=(options, variables, until_call))
-        )
+    def start(
+        self, out: Path, *, target: Any = task.dump, more: tuple[Any, ...] = (), environment: Any = (), **changes: Any
+    ) -> BaseProcess:
+        """A dump in a process of its own; `more` arguments for another target in `precompute_task`."""
+        arguments = (self.options(out, **changes), {**DATE, **dict(environment)}, *more)
+        process: BaseProcess = _FORKS.Process(target=target, args=arguments)
         process.start()
         self._sessions.append(process.pid or 0)
         return process

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import resource
 import signal
 import time
 from collections.abc import Callable
@@ -39,6 +40,20 @@ class Task(Dataset[Any]):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         _stretch(index)
         return inputs_of(index), index % CLASSES
+
+
+class Many(Dataset[Any]):
+    """TASK_ROWS rows that take no memory."""
+
+    def __len__(self) -> int:
+        return int(os.environ["TASK_ROWS"])
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return torch.full((4,), float(index)), index % 1000
+
+
+def wide_teacher() -> nn.Module:
+    return nn.Linear(4, 1000)
 
 
 def _stretch(index: int) -> None:
@@ -75,6 +90,12 @@ def dump(options: dict[str, Any], environment: dict[str, str]) -> None:
     except KDCacheError as error:
         print(error, flush=True)
         raise SystemExit(error.exit_code) from None
+
+
+def dump_and_measure(options: dict[str, Any], environment: dict[str, str], report: Path) -> None:
+    """A dump, and the most memory that its process held, in KiB."""
+    dump(options, environment)
+    report.write_text(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
 
 
 def dump_until_call(options: dict[str, Any], environment: dict[str, str], last: int) -> None:

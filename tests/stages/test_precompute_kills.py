@@ -73,13 +73,14 @@ def test_three_hundred_kills_over_changing_world_sizes_change_no_byte(
 def test_a_kill_before_each_call_that_changes_the_disk_changes_no_byte(dumps: Any, tmp_path: Path, suffix: str) -> None:
     """Random moments seldom meet the gap between a link and the unlink behind it; these meet all of them."""
     from precompute_runs import contents, exit_codes
+    from precompute_task import dump_until_call
 
     small = {"limit": 12, "shard_rows": 8, "batch_size": 8}
     dumps.here(tmp_path / f"uninterrupted{suffix}", **small)
     expected = contents(tmp_path / f"uninterrupted{suffix}")
     for call in range(1, 1000):
         out = tmp_path / str(call) / f"teacher{suffix}"
-        code = exit_codes([dumps.start(out, until_call=call, **small)])[0]
+        code = exit_codes([dumps.start(out, target=dump_until_call, more=(call,), **small)])[0]
         if code == 0:
             break
         assert code == -9
@@ -136,12 +137,8 @@ def test_the_command_exits_with_75_when_its_process_group_is_stopped(
     assert contents(out) == finished[".h5"]
 
 
-def test_a_loader_process_that_is_killed_is_an_error_that_can_be_resumed(
-    dumps: Any, finished: dict[str, dict[str, bytes]], tmp_path: Path
-) -> None:
+def test_a_loader_process_that_is_killed_is_an_error_that_keeps_finished_shards(dumps: Any, tmp_path: Path) -> None:
     """As when memory runs out; the message is the library's, not torch's."""
-    from precompute_runs import contents
-
     import precompute_task
 
     class Dying(precompute_task.Task):

@@ -124,6 +124,30 @@ def test_workers_that_outlive_their_killed_process_hold_no_lock(
     assert contents(tmp_path / "teacher") == reference
 
 
+@pytest.mark.parametrize("name", ["teacher", "teacher.h5"])
+def test_memory_does_not_grow_with_the_rows(dumps: Any, tmp_path: Path, name: str) -> None:
+    """40 MB of payload more; what grows are the ids, some bytes a row."""
+    from precompute_runs import exit_codes
+    from precompute_task import dump_and_measure
+
+    peaks = []
+    for rows in (2_000, 22_000):
+        report = tmp_path / f"{rows}"
+        process = dumps.start(
+            tmp_path / f"{rows}-{name}",
+            target=dump_and_measure,
+            more=(report,),
+            environment={"TASK_ROWS": str(rows)},
+            teacher="precompute_task:wide_teacher",
+            data="precompute_task:Many",
+            shard_rows=10_000,
+            batch_size=250,
+        )
+        assert exit_codes([process]) == [0]
+        peaks.append(int(report.read_text()))
+    assert peaks[1] - peaks[0] < 12 * 1024
+
+
 def test_the_rows_are_those_of_the_teacher(dumps: Any, tmp_path: Path) -> None:
     import precompute_task
     import torch
