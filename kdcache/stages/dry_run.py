@@ -8,7 +8,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from kdcache.stages.dump_feed import Claim, ShardBatches, batches
+from kdcache.stages.dump_feed import Claim, ShardBatches, batches, worker_deaths
 from kdcache.stages.dump_plan import Job, forward, free_bytes, planned_bytes
 from kdcache.train.encode import encode
 
@@ -51,10 +51,9 @@ def measure(job: Job, out: Path) -> DryRun:
     given = iter([Claim(0, 0, 0, rows)])
     sampler = ShardBatches(lambda: next(given, None), options.batch_size)
     begun, elapsed, forwarded, done = time.perf_counter(), 0.0, 0.0, 0
-    with closing(
-        batches(job.items, sampler, workers=options.workers, pin_memory=job.device.type == "cuda")
-    ) as fed_batches:
-        for number, (_, start, stop, fed) in enumerate(fed_batches):
+    feed = batches(job.items, sampler, workers=options.workers, pin_memory=job.device.type == "cuda")
+    with worker_deaths(), closing(feed):
+        for number, (_, start, stop, fed) in enumerate(feed):
             if number == 1:  # the first batch pays for warming up; it counts only where it is the only one
                 begun, forwarded, done = begun + elapsed, 0.0, 0
             tick = time.perf_counter()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -132,7 +133,7 @@ def batches(
         pin_memory=pin_memory,
         worker_init_fn=shield_worker if workers else None,
     )
-    for fed in _translated(loader):
+    for fed in loader:
         claim, start, stop = sampler.under_way.popleft()
         if isinstance(fed, _Failure):
             raise fed.kind(fed.message)
@@ -140,9 +141,15 @@ def batches(
         yield claim, start, stop, Fed(inputs, labels, np.asarray(digests, np.uint64))
 
 
-def _translated(loader: DataLoader[Any]) -> Iterator[Any]:
+@contextmanager
+def worker_deaths() -> Iterator[None]:
+    """Turns the error that torch raises, anywhere in the main thread, when a DataLoader worker dies into one of ours.
+
+    Raises:
+        KDCacheError: a worker died inside the block.
+    """
     try:
-        yield from loader
+        yield
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise

@@ -6,6 +6,7 @@ batch overlaps with the checksums, hashes and writes of the last (which release 
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from collections.abc import Callable
@@ -81,8 +82,10 @@ class ShardSink:
     def drop(self) -> None:
         """Stops without publishing the shard in hand; never raises."""
         self._dropped = True
-        self._queue.put(None)
-        self._thread.join()
+        while self._thread.is_alive():
+            with contextlib.suppress(RuntimeError):  # raised by torch's signal handler when a DataLoader worker died
+                self._queue.put(None)
+                self._thread.join()
 
     def _raise(self) -> None:
         if self._error is not None:

@@ -21,7 +21,7 @@ from kdcache.errors import IncompleteCacheError, InterruptedRunError, StorageErr
 from kdcache.format.headers import FileHeader
 from kdcache.stages.devices import pick_device, torch_threads
 from kdcache.stages.dry_run import DryRun, measure
-from kdcache.stages.dump_feed import Claim, ShardBatches, batches
+from kdcache.stages.dump_feed import Claim, ShardBatches, batches, worker_deaths
 from kdcache.stages.dump_plan import (
     Job,
     check_disk,
@@ -205,10 +205,9 @@ def _one_pass(dump: DumpFolder, job: Job, left: list[int], stop: StopRequest, pr
     sink = ShardSink(dump, job.sample_ids, progress.advance)
     computed = 0
     try:
-        with closing(
-            batches(job.items, sampler, workers=options.workers, pin_memory=device.type == "cuda")
-        ) as fed_batches:  # closed here: an exception that somebody keeps would keep the workers
-            for shard, start, stop_at, fed in fed_batches:
+        feed = batches(job.items, sampler, workers=options.workers, pin_memory=device.type == "cuda")
+        with worker_deaths(), closing(feed):  # closed here: an exception that somebody keeps would keep the workers
+            for shard, start, stop_at, fed in feed:
                 _check_stop(stop)
                 logits = forward(job.teacher.module, fed.inputs, device, options)
                 check_logits(logits, rows=stop_at - start)

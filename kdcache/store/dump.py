@@ -166,8 +166,9 @@ class DumpFolder:
     @contextlib.contextmanager
     def exclusive(self, lock: int) -> Iterator[None]:
         """Waits for a lock that only one process holds at a time (it is held for milliseconds, or for a merge)."""
-        while not self._locks.try_lock(lock):
-            time.sleep(0.02)
+        with posix.translated("lock", self.folder):
+            while not self._locks.try_lock(lock):
+                time.sleep(0.02)
         try:
             yield
         finally:
@@ -202,9 +203,9 @@ class DumpFolder:
 
     def _clear(self) -> None:
         with posix.translated("clean", self.folder):
-            for entry in os.scandir(self.folder / SHARDS):
-                if entry.name.endswith(".json"):
-                    posix.unlink(self.folder / SHARDS / entry.name)
+            for name in os.listdir(self.folder / SHARDS):
+                if name.endswith(".json"):
+                    posix.unlink(self.folder / SHARDS / name)
         remove_temporaries(self.folder / SHARDS)
         remove_temporaries(self.folder)
         with posix.translated("clean", self.folder):
@@ -267,8 +268,8 @@ def refuse_foreign(folder: Path) -> None:
     if not folder.is_dir():
         raise UsageError(f"{folder} exists and is not a folder; choose another --out")
     with posix.translated("read", folder):
-        names = {e.name for e in os.scandir(folder)}
-        shards = {e.name for e in os.scandir(folder / SHARDS)} if SHARDS in names and (folder / SHARDS).is_dir() else ()
+        names = set(os.listdir(folder))
+        shards = os.listdir(folder / SHARDS) if (folder / SHARDS).is_dir() else []
     foreign = sorted(n for n in names - _OURS if not n.startswith(TEMPORARY_PREFIX))
     foreign += sorted(f"{SHARDS}/{n}" for n in shards if not _IN_SHARDS.fullmatch(n))
     if names and not names & {MANIFEST, PLAN, SHARDS, ".lock"}:
@@ -306,8 +307,8 @@ def clear_dump(folder: Path) -> None:
         for name in (MANIFEST, PLAN, "README.md", CLASSES_FILE):
             posix.unlink(folder / name)
         if (folder / SHARDS).is_dir():
-            for entry in os.scandir(folder / SHARDS):
-                posix.unlink(folder / SHARDS / entry.name)
+            for name in os.listdir(folder / SHARDS):
+                posix.unlink(folder / SHARDS / name)
         posix.fsync_folder(folder)
 
 

@@ -96,7 +96,7 @@ def parse_plan(text: bytes, *, where: str) -> Plan:
     counts = [shard_rows] if samples is None else [shard_rows, samples]
     if not all(type(n) is int and 0 < n < 2**48 for n in counts):
         raise CorruptCacheError(f"{where}: shard_rows and samples must be positive integers")
-    if not isinstance(views, list) or not all(type(v) is int and 0 <= v < MAX_VIEWS for v in views):
+    if not isinstance(views, list) or not views or not all(type(v) is int and 0 <= v < MAX_VIEWS for v in views):
         raise CorruptCacheError(f"{where}: views must be a list of numbers below {MAX_VIEWS}")
     provenance = parse_provenance(value.get("provenance"), where=where)
     return Plan(schema, classes, int(shard_rows or 0), samples, provenance, tuple(views))

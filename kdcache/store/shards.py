@@ -21,6 +21,7 @@ from kdcache.format.hdf5_header import FileLayout, build_layout
 from kdcache.format.manifest import ShardRecord
 from kdcache.format.schema import CRC_ARRAY, RowSchema
 from kdcache.store import posix
+from kdcache.store.hashing import OverlappedHash
 
 _BLOCK_BYTES = 4 << 20
 TEMPORARY_PREFIX = ".tmp-"
@@ -45,7 +46,7 @@ class ContainerWriter:
         self._clamped = 0
         self._layout = build_layout(schema.specs, rows, header)
         self._first = next(iter(self._layout.arrays.values()))
-        self._hash = hashlib.sha256()
+        self._hash = OverlappedHash()
         self._temporary = final.with_name(f"{TEMPORARY_PREFIX}{final.name}-{os.getpid()}-{os.urandom(4).hex()}")
         with posix.translated("create", self._temporary):
             self._fd = posix.create(self._temporary)
@@ -80,17 +81,13 @@ class ContainerWriter:
             clamped: how many values the encoding clamped in these rows.
         """
         count = len(positions)
-        crcs = row_crcs([arrays[n] for n in self._schema.crc_names], view=view, positions=positions)
-        full = {**arrays, "view": np.full(count, view, "<u2"), CRC_ARRAY: crcs}
-        with posix.translated("write", self._final):
-            for name, layout in self._layout.arrays.items():
-                data = np.ascontiguousarray(full[name], layout.dtype)
-                if data.shape != layout.spec.shape(count):
-                    raise AssertionError(f"array {name} has shape {data.shape}, not {layout.spec.shape(count)}")
-                raw = data.reshape(-1).view(np.uint8).data
-                if layout is self._first:
-                    self._hash.update(raw)
-                posix.pwrite_all(self._fd, raw, layout.offset + self._written * layout.spec.row_bytes)
+        blocks = {n: self._bytes_of(n, array, count) for n, array in arrays.items()}
+        with self._hash.hashing(blocks[self._first.name]), posix.translated("write", self._final):
+            for name, block in blocks.items():  # first, since a write lets the hash's thread begin; checksums do not
+                self._write_rows(name, block)
+            crcs = row_crcs([arrays[n] for n in self._schema.crc_names], view=view, positions=positions)
+            self._write_rows(CRC_ARRAY, self._bytes_of(CRC_ARRAY, crcs, count))
+            self._write_rows("view", self._bytes_of("view", np.full(count, view), count))
         self._written += count
         self._clamped += clamped
 
@@ -164,6 +161,7 @@ class ContainerWriter:
             try:
                 os.close(self._fd)
                 self._fd = -1
+                self._hash.close()
                 if not replace:
                     return posix.publish(self._temporary, self._final)
                 posix.rename(self._temporary, self._final)
@@ -175,12 +173,24 @@ class ContainerWriter:
 
     def abandon(self) -> None:
         """Closes and removes the temporary file; safe to call at any time."""
+        self._hash.close()
         if self._fd >= 0:
             with contextlib.suppress(OSError):
                 os.close(self._fd)
             self._fd = -1
         with contextlib.suppress(OSError):
             os.unlink(self._temporary)
+
+    def _bytes_of(self, name: str, array: np.ndarray, count: int) -> memoryview:
+        layout = self._layout.arrays[name]
+        data = np.ascontiguousarray(array, layout.dtype)
+        if data.shape != layout.spec.shape(count):
+            raise AssertionError(f"array {name} has shape {data.shape}, not {layout.spec.shape(count)}")
+        return data.reshape(-1).view(np.uint8).data
+
+    def _write_rows(self, name: str, block: memoryview) -> None:
+        layout = self._layout.arrays[name]
+        posix.pwrite_all(self._fd, block, layout.offset + self._written * layout.spec.row_bytes)
 
     def _sync(self) -> None:
         if self._written != self._rows:
@@ -218,6 +228,6 @@ def remove_temporaries(folder: Path, name: str = "") -> None:
     """Removes temporary files of `name` (all, if empty) that a killed process left; hold the lock first."""
     prefix = f"{TEMPORARY_PREFIX}{name}-" if name else TEMPORARY_PREFIX
     with contextlib.suppress(FileNotFoundError), posix.translated("clean", folder):
-        for entry in os.scandir(folder):
-            if entry.name.startswith(prefix):
-                posix.unlink(folder / entry.name)
+        for found in os.listdir(folder):
+            if found.startswith(prefix):
+                posix.unlink(folder / found)

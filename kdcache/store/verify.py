@@ -217,7 +217,9 @@ def _check_rows(read: Callable[[int, int], bytes], part: Part, catalog: Catalog)
         if "label" in block:
             labels = block["label"]
             if int(labels.min()) < -1 or int(labels.max()) >= label_count(catalog.classes.count):
-                raise CorruptCacheError(f"{part.path}: a label lies outside -1 to {label_count(catalog.classes.count) - 1}")
+                raise CorruptCacheError(
+                    f"{part.path}: a label lies outside -1 to {label_count(catalog.classes.count) - 1}"
+                )
         if catalog.first_id is not None and not bool((block["sample_id"] == catalog.first_id + positions).all()):
             raise CorruptCacheError(f"{part.path}: sample ids are not the consecutive range that the manifest says")
     return part.rows

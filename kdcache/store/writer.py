@@ -239,6 +239,7 @@ class Writer:
         """Takes up the shards of an unfinished dump; its plan is compared with this writer's."""
         finished = (self._folder / MANIFEST).exists()
         if self.path.is_file() or (finished and not self._one_file):
+            self._clear_leftovers()
             raise UsageError(f"{self.path} is finished; pass overwrite=True to replace it, or another path")
         found = self._found_plan(finished)
         if found is None:
@@ -266,6 +267,14 @@ class Writer:
             dump.disown()
             raise
         self._dump = dump
+
+    def _clear_leftovers(self) -> None:
+        """Removes what a process left that was killed between the last rename and the end of its clearing up."""
+        if self._one_file and self._folder.exists():
+            remove_dump(self._folder)
+            remove_empty(self._folder)
+        elif not self._one_file:
+            open_dump(self._folder, plan_of_manifest(read_manifest(self._folder), samples_known=False))
 
     def _found_plan(self, finished: bool) -> Plan | None:
         if finished:  # killed while the shards were merged into one file

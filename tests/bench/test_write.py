@@ -55,7 +55,7 @@ def encoded_rows() -> dict[str, np.ndarray]:
 
 def write_shard(folder: Path, rows: dict[str, np.ndarray]) -> None:
     """A whole shard in batches of 256, as `precompute` writes it, with its commit record and the manifest."""
-    dump = open_dump(folder, Plan(SCHEMA, ClassList.of(CLASSES), SHARD_ROWS, SHARD_ROWS, {}))
+    dump = open_dump(folder, Plan(SCHEMA, ClassList.of(CLASSES, None), SHARD_ROWS, SHARD_ROWS, {}))
     assert dump.claim(0, 0)
     container = dump.container(0, 0, 0, SHARD_ROWS)
     for start in range(0, SHARD_ROWS, BATCH):

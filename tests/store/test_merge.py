@@ -69,7 +69,7 @@ def test_a_name_that_is_taken_or_ends_in_something_else_is_refused(folder: Path,
 def test_a_file_that_appears_meanwhile_is_not_overwritten(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "x.h5"
     with pytest.raises(UsageError, match="appeared"):
-        merge(folder, out, progress=lambda rows: out.exists() or out.write_text("theirs") and None)
+        merge(folder, out, progress=lambda rows: out.exists() or (out.write_text("theirs") and None))
     assert out.read_text() == "theirs"
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".tmp-")] == []
 
