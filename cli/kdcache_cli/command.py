@@ -6,6 +6,7 @@ the file of `--config`, then the default.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import click
 
 from kdcache_cli.config import load_defaults, render_settings
+from kdcache_cli.output import WANTS_JSON
 from kdcache_cli.records import RecordOption, record_options
 
 
@@ -58,7 +60,17 @@ class Command(click.Command):
         if ctx.params.pop("print_config"):
             click.echo(render_settings(ctx, as_json=ctx.params["as_json"]))
             return None
+        ctx.meta[WANTS_JSON] = ctx.params["as_json"]
+        self._warn_of_unknown_variables()
         return super().invoke(ctx)
+
+    def _warn_of_unknown_variables(self) -> None:
+        """A misspelt variable would otherwise do nothing, silently; one of another command is fine."""
+        known = {name for p in self.params for name in (p.envvar or ())}
+        mine = f"KDCACHE_{self.name}_".upper()
+        for name in sorted(os.environ):
+            if name.startswith(mine) and name not in known:
+                click.echo(f"Warning: the variable {name} sets no option of {self.name}.", err=True)
 
 
 def define(

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import kdcache
-from kdcache.stages.distill_options import DistillOptions
+from kdcache.errors import UsageError
+from kdcache.stages.distill_options import DistillOptions, resolve
 from kdcache_cli.command import define
 from kdcache_cli.output import emit, is_first_process
 
@@ -25,7 +26,10 @@ def command(as_json: bool, **options: Any) -> None:
     The loss is (1-alpha)*CE + alpha*temperature^2*KL(teacher || student). The same command with --resume goes on
     after an interruption, with the same weights as a run without one.
     """
-    result = kdcache.distill(DistillOptions(**options))
+    asked = resolve(DistillOptions(**options))  # usage errors come before torch is imported
+    if asked.out is None:
+        raise UsageError("--out is needed: a folder for the student, its metrics and its record")
+    result = kdcache.distill(asked)
     if is_first_process():
         summary = {"out": result.out, "steps": result.steps, "last": result.last, "best": result.best}
         emit(summary, as_json=as_json)

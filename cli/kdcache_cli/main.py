@@ -16,6 +16,7 @@ import click
 
 from kdcache.errors import KDCacheError
 from kdcache.version import __version__
+from kdcache_cli.output import EMITTED, WANTS_JSON, emit
 
 COMMANDS = (
     "demo",
@@ -63,7 +64,10 @@ class CommandGroup(click.Group):
         except (Exception, KeyboardInterrupt) as error:
             if os.environ.get("KDCACHE_DEBUG", "") not in ("", "0"):
                 traceback.print_exc()
-            raise failure_of(error) from error
+            failure = failure_of(error)
+            if ctx.meta.get(WANTS_JSON) and not ctx.meta.get(EMITTED):
+                emit({"error": failure.message, "exit_code": failure.exit_code}, as_json=True)
+            raise failure from error
 
 
 def failure_of(error: BaseException) -> CommandFailed:
@@ -95,7 +99,8 @@ def cli() -> None:
 
     \b
     Exit codes: 0 done, 1 error, 2 usage, 3 corrupt, 4 incomplete, 5 mismatch (teacher, data,
-    classes, view), 75 interrupted and resumable. KDCACHE_DEBUG=1 prints tracebacks.
+    classes, view), 75 interrupted and resumable. KDCACHE_DEBUG=1 prints tracebacks. A command that
+    fails under --json prints an object with `error` and `exit_code`.
     """
 
 

@@ -11,9 +11,16 @@ from typing import Any
 
 import click
 
+# Keys of click's `meta`, which the contexts of one command line share.
+WANTS_JSON = "kdcache.wants_json"
+EMITTED = "kdcache.emitted"
+
 
 def emit(result: Mapping[str, Any], *, as_json: bool, text: str | None = None) -> None:
     """Print a result as one JSON object, or as `text` (by default: as `key: value` lines)."""
+    context = click.get_current_context(silent=True)
+    if context is not None:
+        context.meta[EMITTED] = True
     if as_json:
         click.echo(to_json(result))
     else:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import kdcache
+from kdcache.errors import UsageError
 from kdcache.stages.precompute_options import PrecomputeOptions
 from kdcache_cli.command import define
 from kdcache_cli.output import emit, is_first_process
@@ -27,9 +28,12 @@ def command(as_json: bool, **options: Any) -> None:
     The same command goes on after an interruption, and may run in any number of processes at once: each takes the
     next free shard. Batch size and threads belong to the dump, ranks and workers do not.
     """
+    asked = PrecomputeOptions(**options)  # usage errors come before torch is imported
+    if asked.out is None:
+        raise UsageError("--out is needed: a folder for the cache, or a name ending in .h5 for one file")
     from kdcache.stages.precompute import summary
 
-    result = summary(kdcache.precompute(options=PrecomputeOptions(**options)))
+    result = summary(kdcache.precompute(options=asked))
     if is_first_process():
         emit(result, as_json=as_json, text=cost_text(result) if options["dry_run"] else done_text(result))
 

@@ -52,7 +52,7 @@ def command(
     """
     if (teacher is None) != (data is None):
         raise UsageError("--teacher and --data go together: the teacher runs on the rows of the data set")
-    report = kdcache.verify(cache, expect_root=expect_root)
+    report = kdcache.verify(cache, expect_root=expect_root.strip().lower() if expect_root else None)
     result = report.to_json()
     if teacher is None or not report.ok:
         emit(result, as_json=as_json)

@@ -72,7 +72,9 @@ def early_checks(out: Path, data: LoadedData, sample_ids: np.ndarray, options: P
     found = None if options.overwrite else _existing_provenance(out, folder)
     if found is None:
         if not os.access(_existing_folder(out), os.W_OK):
-            raise StorageError(f"{out} cannot be written: no permission in {_existing_folder(out)}; choose another --out")
+            raise StorageError(
+                f"{out} cannot be written: no permission in {_existing_folder(out)}; choose another --out"
+            )
         if data.num_classes and not options.dry_run:
             width = 2 if options.dtype == "float16" else 4
             check_disk(out, len(sample_ids) * (data.num_classes * width + 32) * (2 if one_file else 1))

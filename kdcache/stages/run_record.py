@@ -30,16 +30,26 @@ def check_folder(out: Path, *, resume: bool, overwrite: bool) -> None:
     """Refuses a folder that is taken, before anything is loaded.
 
     Raises:
-        UsageError: `out` is a file, or holds a run and neither `resume` nor `overwrite` is asked for.
+        UsageError: `out` is a file, holds something else, or a run and neither `resume` nor `overwrite` is asked
+            for.
     """
     if out.exists() and not out.is_dir():
-        raise UsageError(f"--out {out.name} is a file; a run needs a folder")
+        raise UsageError(f"--out {out} is a file; a run needs a folder")
     holds = [name for name in RUN_FILES if (out / name).exists()]
     if holds and not (resume or overwrite):
         raise UsageError(
-            f"--out {out.name} holds a run ({', '.join(holds)}): go on with it with --resume, replace it with "
+            f"--out {out} holds a run ({', '.join(holds)}): go on with it with --resume, replace it with "
             "--overwrite, or choose another folder"
         )
+    foreign = [] if holds or not out.exists() else sorted(p.name for p in out.iterdir() if not _is_ours(p.name))
+    if foreign:
+        raise UsageError(
+            f"--out {out} holds {foreign[0]!r}, which is not part of a run; choose another or an empty folder"
+        )
+
+
+def _is_ours(name: str) -> bool:
+    return name in (*RUN_FILES, TENSORBOARD_NAME) or name.startswith(".tmp-")
 
 
 def prepare_folder(out: Path, *, overwrite: bool) -> None:
@@ -58,7 +68,7 @@ def prepare_folder(out: Path, *, overwrite: bool) -> None:
                 path.unlink(missing_ok=True)
     except OSError as error:
         raise StorageError(
-            f"--out {out.name} cannot be written: {error.strerror or error}; choose another folder"
+            f"--out {out} cannot be written: {error.strerror or error}; choose another folder"
         ) from error
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,8 @@ from kdcache.format.checksums import row_crcs
 from kdcache.format.encodings import Encoding
 from kdcache.format.identity import as_sample_ids, show_id, show_ids
 from kdcache.format.schema import CRC_ARRAY
-from kdcache.store.buffers import blank, empty_rows, first_rows
-from kdcache.store.lookup import IdIndex
+from kdcache.store.buffers import blank, check_buffer, empty_rows, first_rows
+from kdcache.store.lookup import IdIndex, as_row_numbers
 from kdcache.store.mapping import PreadRegion, Region, grid_rows
 from kdcache.store.parts import Catalog, check_access, open_part, read_catalog
 from kdcache.store.rows import TeacherRows
@@ -75,6 +77,7 @@ class Cache:
         self._guard = threading.Lock()
         self._guard_process = os.getpid()
         self._index: IdIndex | None = None
+        self._accepted: Callable[[], TeacherRows | None] = _nothing
         self._lay_out()
 
     def _lay_out(self) -> None:
@@ -224,12 +227,12 @@ class Cache:
             UsageError: a row below -1 or beyond the end, or `out` does not fit.
             CorruptCacheError: a row's checksum, view or id is not what it must be.
         """
-        wanted, schema = as_row_numbers(rows), self._catalog.schema
+        wanted = as_row_numbers(rows)
         missing = self._check_range(wanted)
         if missing is not None:
             wanted = np.where(missing, 0, wanted)
         grid = self._to_grid(wanted)
-        result = empty_rows(schema, len(wanted)) if out is None else first_rows(out, schema, len(wanted))
+        result = self._buffer(out, len(wanted))
         if self._left_to_check and self._access == "mmap":
             self._advise(grid)
         regions = self._regions
@@ -251,6 +254,15 @@ class Cache:
         if missing is not None:
             blank(result, missing)
         return result
+
+    def _buffer(self, out: TeacherRows | None, count: int) -> TeacherRows:
+        schema = self._catalog.schema
+        if out is None:
+            return empty_rows(schema, count)
+        if out is not self._accepted():
+            check_buffer(out, schema)
+            self._accepted = weakref.ref(out)
+        return first_rows(out, count)
 
     def _fill_view(self, rows: np.ndarray, out: np.ndarray) -> None:
         if self._single_view is not None:
@@ -379,12 +391,8 @@ class Cache:
         return self._index
 
 
-def as_row_numbers(rows: Any) -> np.ndarray:
-    """(N,) int64 row numbers; booleans and floats are refused, since they would pick other rows silently."""
-    given = np.asarray(rows)
-    if given.dtype.kind not in "iu" and given.size:
-        raise UsageError(f"rows must be integers, found {given.dtype}; ask for sample ids with rows() or find() first")
-    return np.ascontiguousarray(given, np.int64)
+def _nothing() -> None:
+    return None
 
 
 def _reopen(path: str, root: str, access: str) -> Cache:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from kdcache.errors import CorruptCacheError
+from kdcache.errors import CorruptCacheError, UsageError
 from kdcache.format.identity import show_id
 
 
@@ -63,3 +64,11 @@ class IdIndex:
             return np.where(known, np.where(known, wanted, first) - first, -1)
         at = np.minimum(np.searchsorted(self._ids, wanted), self._count - 1)
         return np.where(self._ids[at] == wanted, self._order[at], -1)
+
+
+def as_row_numbers(rows: Any) -> np.ndarray:
+    """(N,) int64 row numbers; booleans and floats are refused, since they would pick other rows silently."""
+    given = np.asarray(rows)
+    if given.dtype.kind not in "iu" and given.size:
+        raise UsageError(f"rows must be integers, found {given.dtype}; ask for sample ids with rows() or find() first")
+    return np.ascontiguousarray(given, np.int64)

@@ -8,6 +8,7 @@ StorageError that names the file and what to do.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
 import stat
@@ -15,6 +16,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kdcache.errors import CorruptCacheError, IncompleteCacheError, StorageError
+
+_SYNC_FILE_RANGE_WRITE = 2
+_sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)  # Linux
+if _sync_file_range is not None:
+    _sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
 
 _ADVICE = {
     errno.ENOSPC: "the disk is full; free some space and run the same command again, committed shards stay",
@@ -114,6 +120,12 @@ def pwrite_all(fd: int, data: bytes | memoryview, offset: int) -> None:
 def truncate(fd: int, size: int) -> None:
     """Sets the file's size."""
     os.ftruncate(fd, size)
+
+
+def start_writeback(fd: int, offset: int, length: int) -> None:
+    """Asks the kernel to begin writing a range to the disk, without waiting; only `fsync` tells that it is there."""
+    if _sync_file_range is not None:
+        _sync_file_range(fd, offset, length, _SYNC_FILE_RANGE_WRITE)
 
 
 def fsync(fd: int) -> None:

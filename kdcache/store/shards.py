@@ -24,6 +24,7 @@ from kdcache.store import posix
 from kdcache.store.hashing import OverlappedHash
 
 _BLOCK_BYTES = 4 << 20
+_WRITEBACK_BYTES = 8 << 20  # begun early, the disk works while rows are still coming; the fsync is then short
 TEMPORARY_PREFIX = ".tmp-"
 
 
@@ -44,6 +45,7 @@ class ContainerWriter:
         self._rows = rows
         self._written = 0
         self._clamped = 0
+        self._handed_over = 0
         self._layout = build_layout(schema.specs, rows, header)
         self._first = next(iter(self._layout.arrays.values()))
         self._hash = OverlappedHash()
@@ -90,6 +92,7 @@ class ContainerWriter:
             self._write_rows("view", self._bytes_of("view", np.full(count, view), count))
         self._written += count
         self._clamped += clamped
+        self._begin_writeback()
 
     def finish(self) -> tuple[str, str]:
         """Hashes what was not hashed on the way and fsyncs; returns (sha256 of the file, header digest)."""
@@ -192,6 +195,12 @@ class ContainerWriter:
         layout = self._layout.arrays[name]
         posix.pwrite_all(self._fd, block, layout.offset + self._written * layout.spec.row_bytes)
 
+    def _begin_writeback(self) -> None:
+        pending = self._written * self._first.spec.row_bytes - self._handed_over
+        if pending >= _WRITEBACK_BYTES:
+            posix.start_writeback(self._fd, self._first.offset + self._handed_over, pending)
+            self._handed_over += pending
+
     def _sync(self) -> None:
         if self._written != self._rows:
             raise AssertionError(f"{self._written} of {self._rows} rows were written")
@@ -227,7 +236,7 @@ def file_sha256(read: Callable[[int, int], bytes], size: int) -> str:
 def remove_temporaries(folder: Path, name: str = "") -> None:
     """Removes temporary files of `name` (all, if empty) that a killed process left; hold the lock first."""
     prefix = f"{TEMPORARY_PREFIX}{name}-" if name else TEMPORARY_PREFIX
-    with contextlib.suppress(FileNotFoundError), posix.translated("clean", folder):
+    with posix.translated("clean", folder), contextlib.suppress(FileNotFoundError):
         for found in os.listdir(folder):
             if found.startswith(prefix):
                 posix.unlink(folder / found)

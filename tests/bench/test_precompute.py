@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import kdcache
 from kdcache.stages.models import CNN
 
-IMAGES = 10_240
+IMAGES = {"SMALL": 5_120, "BASE": 2_560}
 
 
 @pytest.fixture(params=[1, os.cpu_count()])
@@ -53,8 +53,7 @@ def forward_only(model: CNN, images: Any) -> None:
 @pytest.mark.bench
 @pytest.mark.parametrize("size", ["SMALL", "BASE"])
 def test_precompute_against_a_forward_loop(tmp_path: Path, figures: Any, threads: int, size: str) -> None:
-    count = IMAGES if size == "SMALL" else IMAGES // 4
-    images, model = random_images(count), teacher(size)
+    images, model = random_images(IMAGES[size]), teacher(size)
     found = interleaved(
         {
             "ours": lambda: timed(lambda: dump(model, images, tmp_path / "cache")),

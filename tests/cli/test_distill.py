@@ -11,7 +11,12 @@ import torch
 
 import kdcache
 
-BASE = ("distill", "--student", "mlp:64-16-10", "--data", "digits:train", "--steps", "3")
+BASE = ("distill", "--student", "mlp:64-16-10", "--data", "digits:train", "--steps", "3", "--out", "run")
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +60,21 @@ def test_what_cannot_be_meant_is_a_usage_error_that_names_it(run, arguments: tup
     result = run(*BASE, *arguments)
     assert result.exit_code == 2
     assert message in result.stderr
+
+
+def test_a_folder_with_other_files_is_refused(run, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.png").write_bytes(b"")
+    result = run(*BASE, "--alpha", "0", "--out", "photos")
+    assert result.exit_code == 2
+    assert "'cat.png'" in result.stderr
+    assert [path.name for path in (tmp_path / "photos").iterdir()] == ["cat.png"]
+
+
+def test_the_folder_of_the_run_is_needed(run) -> None:
+    result = run(*BASE[:-2], "--alpha", "0")
+    assert result.exit_code == 2
+    assert "--out" in result.stderr
 
 
 def test_a_student_with_another_number_of_classes_is_a_mismatch(run, teacher: Path) -> None:

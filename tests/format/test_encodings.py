@@ -69,7 +69,9 @@ def test_masked_classes_stay_masked(dtype: str) -> None:
 @pytest.mark.parametrize("encoding", [HALF, FULL])
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 @pytest.mark.parametrize("value", [[0, np.nan, 0, 0, 0], [0, np.inf, 0, 0, 0], [-np.inf] * 5])
-def test_what_cannot_be_stored_is_refused_with_its_position(encoding: Encoding, dtype: type, value: list[float]) -> None:
+def test_what_cannot_be_stored_is_refused_with_its_position(
+    encoding: Encoding, dtype: type, value: list[float]
+) -> None:
     logits = np.zeros((7, 5), dtype)
     logits[4] = value
     assert bad_rows(logits).tolist() == [4]

@@ -1,0 +1,165 @@
+"""A dump in progress: shards are claimed, committed and taken up again; foreign folders stay untouched."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kdcache.errors import CorruptCacheError, IncompleteCacheError, MismatchError, UsageError
+from kdcache.format.encodings import Encoding, encode
+from kdcache.format.manifest import ClassList
+from kdcache.format.schema import RowSchema
+from kdcache.store.dump import DumpFolder, open_dump, refuse_foreign, remove_dump, remove_empty, utc_now
+from kdcache.store.folder import read_manifest
+from kdcache.store.incoming import consecutive
+from kdcache.store.plan import Plan
+from kdcache.store.verify import verify
+
+ENCODING = Encoding("float16", (3,))
+SCHEMA = RowSchema(ENCODING, "<i8", has_labels=False, has_digests=False)
+PLAN = Plan(SCHEMA, ClassList.of(3, None), 4, 10, {})
+
+
+def fill(dump: DumpFolder, index: int, *, shift: float = 0) -> Any:
+    """Writes shard `index`, not committed yet: (container, record)."""
+    _, start, stop = dump.plan.span(index)
+    ids = np.arange(start, stop)
+    logits = np.arange(start * 3, stop * 3, dtype=np.float32).reshape(-1, 3) + shift
+    container = dump.container(0, index, start, stop)
+    container.append({"sample_id": ids, **encode(ENCODING, logits).arrays}, view=0, positions=ids)
+    return container, container.record(view=0, start=start, ids=consecutive(ids))
+
+
+def commit(dump: DumpFolder, index: int) -> None:
+    container, record = fill(dump, index)
+    dump.commit(container, record, index)
+
+
+def test_shards_are_committed_in_any_order_and_finished_once(tmp_path: Path) -> None:
+    dump = open_dump(tmp_path / "x", PLAN)
+    for index in (2, 0):
+        assert dump.claim(0, index)
+        commit(dump, index)
+        dump.release(0, index)
+        assert not dump.claim(0, index)
+    assert dump.all_records() is None
+    assert dump.record(0, 1) is None
+    assert dump.claim(0, 1)
+    commit(dump, 1)
+    records = dump.all_records()
+    assert records is not None
+    assert [r.start for r in records] == [0, 4, 8]
+    assert not dump.finished
+    manifest = dump.finish(records, samples=10)
+    assert dump.finished
+    assert dump.finish(records, samples=10).root == manifest.root == read_manifest(tmp_path / "x").root
+    assert verify(tmp_path / "x").ok
+    assert sorted(os.listdir(tmp_path / "x")) == [".lock", "manifest.json", "shards"]
+    assert not dump.claim(0, 0)
+
+
+def test_a_claim_clears_what_a_dead_process_left(tmp_path: Path) -> None:
+    dump = open_dump(tmp_path / "x", PLAN)
+    container, _ = fill(dump, 0)
+    assert container.publish()  # published, and then the process died before its commit record
+    shards = tmp_path / "x" / "shards"
+    (shards / ".tmp-v000-00000.h5-99-ab").write_bytes(b"half")
+    (shards / ".tmp-v000-00001.h5-99-ab").write_bytes(b"another process is at it")
+    assert dump.claim(0, 0)
+    assert os.listdir(shards) == [".tmp-v000-00001.h5-99-ab"]
+    commit(dump, 0)
+
+
+def test_an_equal_shard_that_is_there_already_is_success_and_another_one_is_corrupt(tmp_path: Path) -> None:
+    dump = open_dump(tmp_path / "x", PLAN)
+    fill(dump, 0)[0].publish()
+    commit(dump, 0)
+    assert dump.record(0, 0) is not None
+    fill(dump, 1, shift=1)[0].publish()  # other row maxima
+    with pytest.raises(CorruptCacheError, match="locks do not work on this file system"):
+        commit(dump, 1)
+
+
+def test_a_discarded_shard_is_done_again(tmp_path: Path) -> None:
+    dump = open_dump(tmp_path / "x", PLAN)
+    commit(dump, 2)
+    dump.discard(0, 2)
+    assert dump.record(0, 2) is None
+    assert dump.claim(0, 2)
+    commit(dump, 2)
+
+
+def test_a_damaged_commit_record_is_corrupt(tmp_path: Path) -> None:
+    dump = open_dump(tmp_path / "x", PLAN)
+    commit(dump, 0)
+    path = tmp_path / "x" / "shards" / "v000-00000.json"
+    path.unlink()
+    path.write_bytes(b"{}")
+    with pytest.raises(CorruptCacheError, match=path.name):
+        dump.record(0, 0)
+
+
+def test_another_plan_on_the_same_folder_is_refused(tmp_path: Path) -> None:
+    open_dump(tmp_path / "x", PLAN)
+    open_dump(tmp_path / "x", replace(PLAN))
+    with pytest.raises(MismatchError, match="shard_rows is 4 there and 5"):
+        open_dump(tmp_path / "x", replace(PLAN, shard_rows=5))
+
+
+def test_leftovers_of_a_finished_dump_are_cleared_when_it_is_joined(tmp_path: Path) -> None:
+    dump = open_dump(tmp_path / "x", PLAN)
+    for index in range(3):
+        commit(dump, index)
+    records = dump.all_records()
+    assert records is not None
+    dump.finish(records, samples=10)
+    for name in ("plan.json", "shards/v000-00000.json", "shards/.tmp-v000-00001.h5-1-a", ".tmp-manifest.json-1-a"):
+        (tmp_path / "x" / name).write_bytes(b"left")
+    open_dump(tmp_path / "x", PLAN)
+    assert sorted(os.listdir(tmp_path / "x")) == [".lock", "manifest.json", "shards"]
+    assert sorted(os.listdir(tmp_path / "x" / "shards")) == [f"v000-0000{n}.h5" for n in range(3)]
+
+
+def test_no_manifest_is_incomplete(tmp_path: Path) -> None:
+    with pytest.raises(IncompleteCacheError, match=r"manifest\.json is missing"):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("foreign", ["data.csv", "README.md", "shards/x.h5", "shards/v000-00000.tar", ".git/HEAD"])
+def test_a_foreign_folder_is_refused_and_never_removed(tmp_path: Path, foreign: str) -> None:
+    (tmp_path / foreign).parent.mkdir(exist_ok=True)
+    (tmp_path / foreign).write_text("mine")
+    for act in (refuse_foreign, remove_dump, lambda path: open_dump(path, PLAN)):
+        with pytest.raises(UsageError, match="not part of a cache"):
+            act(tmp_path)
+    assert (tmp_path / foreign).read_text() == "mine"
+    assert [p.name for p in tmp_path.iterdir()] == [Path(foreign).parts[0]]
+
+
+def test_a_dump_is_removed_with_its_card(folder: Path) -> None:
+    (folder / "README.md").write_text("the card")
+    remove_dump(folder)
+    remove_empty(folder)
+    assert not folder.exists()
+    remove_dump(folder)  # nothing there is fine
+
+
+def test_a_dump_that_is_worked_on_is_not_removed(tmp_path: Path) -> None:
+    dump = open_dump(tmp_path / "x", PLAN)
+    assert dump.claim(0, 1)
+    with pytest.raises(MismatchError, match=f"in use by process {os.getpid()}"):
+        remove_dump(tmp_path / "x")
+    dump.release(0, 1)
+    remove_dump(tmp_path / "x")
+
+
+def test_the_date_can_be_fixed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "0")
+    assert utc_now() == "1970-01-01T00:00:00Z"
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "yesterday")
+    assert utc_now() > "2024"
