@@ -78,7 +78,7 @@ def test_the_folder_of_the_run_is_needed(run) -> None:
 
 
 def test_a_student_with_another_number_of_classes_is_a_mismatch(run, teacher: Path) -> None:
-    result = run("distill", "--student", "mlp:64-16-7", "--data", "digits:train", "--cache", teacher)
+    result = run("distill", "--student", "mlp:64-16-7", "--data", "digits:train", "--cache", teacher, "--out", "run")
     assert result.exit_code == 5
 
 
@@ -89,7 +89,7 @@ def test_samples_that_the_cache_lacks_are_a_mismatch_unless_asked_for(run, tmp_p
     assert result.exit_code == 5
     assert "600 of the 1300" in result.stderr
     assert run(*BASE, "--cache", tmp_path / "half.h5", "--missing", "ce").exit_code == 0
-    assert run(*BASE, "--cache", tmp_path / "half.h5", "--missing", "skip").exit_code == 0
+    assert run(*BASE, "--cache", tmp_path / "half.h5", "--missing", "skip", "--overwrite").exit_code == 0
 
 
 def test_a_run_that_is_there_is_neither_replaced_nor_resumed_unasked(run, tmp_path: Path) -> None:
