@@ -30,6 +30,6 @@ def command(as_json: bool, **options: Any) -> None:
     if asked.out is None:
         raise UsageError("--out is needed: a folder for the student, its metrics and its record")
     result = kdcache.distill(asked)
-    if is_first_process():
+    if is_first_process(slurm=False):
         summary = {"out": result.out, "steps": result.steps, "last": result.last, "best": result.best}
         emit(summary, as_json=as_json)

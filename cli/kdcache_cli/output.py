@@ -11,6 +11,8 @@ from typing import Any
 
 import click
 
+from kdcache.train.ranks import discover
+
 # Keys of click's `meta`, which the contexts of one command line share.
 WANTS_JSON = "kdcache.wants_json"
 EMITTED = "kdcache.emitted"
@@ -27,9 +29,12 @@ def emit(result: Mapping[str, Any], *, as_json: bool, text: str | None = None) -
         click.echo(text if text is not None else "\n".join(to_lines(result)))
 
 
-def is_first_process() -> bool:
-    """Whether this process prints: under torchrun every rank runs the whole command."""
-    return os.environ.get("RANK", "0") == "0"
+def is_first_process(*, slurm: bool) -> bool:
+    """Whether this process prints: of a command that torchrun runs once per rank, or with `slurm` srun once per task.
+
+    A command to which the tasks of srun are runs of their own leaves `slurm` False.
+    """
+    return discover().is_first if slurm else os.environ.get("RANK", "0") == "0"
 
 
 def to_json(value: Any) -> str:

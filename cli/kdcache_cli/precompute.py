@@ -34,7 +34,7 @@ def command(as_json: bool, **options: Any) -> None:
     from kdcache.stages.precompute import summary
 
     result = summary(kdcache.precompute(options=asked))
-    if is_first_process():
+    if is_first_process(slurm=True):
         emit(result, as_json=as_json, text=cost_text(result) if options["dry_run"] else done_text(result))
 
 

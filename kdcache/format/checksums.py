@@ -1,4 +1,4 @@
-"""Checksums: one CRC-32 a row, one BLAKE2b over everything in a file that is not payload.
+"""Checksums: one CRC-32 a row, one BLAKE2b over these checksums, the ids, and all that is not payload.
 
 A row's CRC covers its identity and its arrays and is seeded with (view, sample position), so that rows
 which were swapped, zeroed, duplicated, or belong to another shard or an older dump do not pass. It is
@@ -19,6 +19,7 @@ import numpy as np
 from kdcache.format.arrays import ArrayLayout
 
 _BUFFER_BYTES = 1 << 20
+_BOUND = ("sample_id", "row_crc")
 
 
 def row_crcs(arrays: Sequence[np.ndarray], *, view: int, positions: np.ndarray) -> np.ndarray:
@@ -71,8 +72,25 @@ def outside_spans(arrays: Mapping[str, ArrayLayout], size: int) -> list[tuple[in
     return spans
 
 
+def rows_digest(read: Callable[[int, int], bytes], arrays: Mapping[str, ArrayLayout]) -> str:
+    """BLAKE2b-256 (hex) of the arrays `sample_id` and `row_crc`, one after the other, without padding.
+
+    Args:
+        read: `read(offset, length)` returns exactly `length` bytes.
+        arrays: where they lie.
+    """
+    state = hashlib.blake2b(digest_size=32)
+    for layout in (arrays[name] for name in _BOUND):
+        for offset in range(layout.offset, layout.stop, _BUFFER_BYTES):
+            state.update(read(offset, min(_BUFFER_BYTES, layout.stop - offset)))
+    return state.hexdigest()
+
+
 def header_digest(read: Callable[[int, int], bytes], arrays: Mapping[str, ArrayLayout], size: int) -> str:
-    """BLAKE2b-256 (hex) of all bytes outside the payload, each span preceded by its start and stop.
+    """BLAKE2b-256 (hex) of a file without what its row checksums cover, each span preceded by its start and stop.
+
+    That is everything outside the payload, and the arrays `sample_id` and `row_crc`: through the checksums it binds
+    every row, so that a whole shard of another dump does not pass, nor an id that was changed into another one.
 
     Args:
         read: `read(offset, length)` returns exactly `length` bytes.
@@ -80,7 +98,8 @@ def header_digest(read: Callable[[int, int], bytes], arrays: Mapping[str, ArrayL
         size: of the file in bytes.
     """
     state = hashlib.blake2b(digest_size=32)
-    for start, stop in outside_spans(arrays, size):
+    checked_by_row = {name: layout for name, layout in arrays.items() if name not in _BOUND}
+    for start, stop in outside_spans(checked_by_row, size):
         state.update(struct.pack("<QQ", start, stop))
         for offset in range(start, stop, _BUFFER_BYTES):
             state.update(read(offset, min(_BUFFER_BYTES, stop - offset)))

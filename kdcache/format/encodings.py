@@ -60,10 +60,10 @@ class Encoding:
 
 @dataclass(frozen=True)
 class EncodedRows:
-    """The arrays of N encoded rows by name, and how many values were clamped to the float16 range."""
+    """The arrays of N encoded rows by name, and how many values of each row (N,) were clamped to the range."""
 
     arrays: dict[str, np.ndarray]
-    clamped: int
+    clamped: np.ndarray
 
 
 def bad_rows(logits: np.ndarray) -> np.ndarray:
@@ -110,19 +110,24 @@ def encode(encoding: Encoding, logits: np.ndarray) -> EncodedRows:
     with np.errstate(over="ignore"):  # the difference of two finite float32 may be -inf: it is clamped below
         shifted = exact - np.expand_dims(row_max, 1)
     low = (shifted < FLOAT16_LOWEST) & np.isfinite(exact)
-    clamped = int(np.count_nonzero(low))
-    if clamped:
+    clamped = _per_row(low)
+    if clamped.any():
         shifted[low] = FLOAT16_LOWEST
     return EncodedRows({"logits": shifted.astype("<f2"), "row_max": np.ascontiguousarray(row_max, "<f4")}, clamped)
 
 
-def _as_float32(logits: np.ndarray) -> tuple[np.ndarray, int]:
+def _per_row(marked: np.ndarray) -> np.ndarray:
+    counts: np.ndarray = marked.sum(axis=tuple(range(1, marked.ndim)), dtype=np.int64)
+    return counts
+
+
+def _as_float32(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """float32 logits; a float64 below its range would turn into -inf, a masked class, and is clamped instead."""
     if logits.dtype != np.float64:
-        return logits.astype(np.float32, copy=False), 0
+        return logits.astype(np.float32, copy=False), np.zeros(len(logits), np.int64)
     low = (logits < -FLOAT32_MAX) & np.isfinite(logits)
-    clamped = int(np.count_nonzero(low))
-    return (np.where(low, -FLOAT32_MAX, logits) if clamped else logits).astype(np.float32), clamped
+    clamped = _per_row(low)
+    return (np.where(low, -FLOAT32_MAX, logits) if clamped.any() else logits).astype(np.float32), clamped
 
 
 def decode(encoding: Encoding, arrays: dict[str, Any]) -> Any:

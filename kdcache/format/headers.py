@@ -17,7 +17,7 @@ from kdcache.format.manifest import HEX64, ClassList, check_version, parse_class
 from kdcache.format.schema import FORMAT_VERSION, MAX_ATTRIBUTE_BYTES, MAX_VIEWS, RowSchema, schema_from_json
 from kdcache.format.strict_json import load_json
 
-PENDING_SHA256 = "0" * 64
+PENDING_DIGEST = "0" * 64
 MAX_HEADER_BYTES = MAX_ATTRIBUTE_BYTES - 1000
 
 
@@ -49,7 +49,8 @@ class FileHeader:
     views: tuple[int, ...]
     ids: tuple[int, int] | None
     provenance: dict[str, Any]
-    payload_sha256: str = PENDING_SHA256
+    payload_sha256: str = PENDING_DIGEST
+    rows_blake2b: str = PENDING_DIGEST
 
     def dump(self) -> str:
         """The attribute text; class names are left out where they do not fit.
@@ -69,6 +70,7 @@ class FileHeader:
                     "ids": list(self.ids) if self.ids else None,
                     "provenance": self.provenance,
                     "payload_sha256": self.payload_sha256,
+                    "rows_blake2b": self.rows_blake2b,
                 }
             )
             if len(text) <= MAX_HEADER_BYTES:
@@ -102,8 +104,17 @@ def parse_file_header(text: str, *, rows: int, where: str) -> FileHeader:
         pair = isinstance(ids, list) and len(ids) == 2 and all(type(i) is int and -(2**63) <= i < 2**63 for i in ids)
         if not pair or ids[1] - ids[0] + 1 != samples or schema.id_dtype != "<i8":
             raise CorruptCacheError(f"{where}: the id range {ids!r:.80} does not fit {samples} consecutive integers")
-    payload, provenance = value.get("payload_sha256"), parse_provenance(value.get("provenance"), where=where)
-    if not isinstance(payload, str) or not HEX64.fullmatch(payload):
-        raise CorruptCacheError(f"{where}: payload_sha256 is not 64 hexadecimal digits")
-    classes = parse_classes(value.get("classes"), schema, where=where)
-    return FileHeader(schema, classes, samples, tuple(views), tuple(ids) if ids else None, provenance, payload)
+    provenance = parse_provenance(value.get("provenance"), where=where)
+    for name in ("payload_sha256", "rows_blake2b"):
+        if not isinstance(value.get(name), str) or not HEX64.fullmatch(value[name]):
+            raise CorruptCacheError(f"{where}: {name} is not 64 hexadecimal digits")
+    return FileHeader(
+        schema=schema,
+        classes=parse_classes(value.get("classes"), schema, where=where),
+        samples=samples,
+        views=tuple(views),
+        ids=tuple(ids) if ids else None,
+        provenance=provenance,
+        payload_sha256=value["payload_sha256"],
+        rows_blake2b=value["rows_blake2b"],
+    )

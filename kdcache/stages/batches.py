@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from kdcache.errors import DataError
+from kdcache.stages.calling import move_to_device
 from kdcache.store.rows import TeacherRows
-from kdcache.train.items import LABEL_KEYS, TEACHER_KEY, first_input, label_of
+from kdcache.train.items import NOT_INPUTS, TEACHER_KEY, first_input, label_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,8 +44,8 @@ class Batch:
                 raise DataError(f"labels run from {low} to {high}, expected 0 to {num_classes - 1}, or -1 for no label")
         return replace(
             self,
-            inputs=_to(self.inputs, device),
-            labels=_to(self.labels, device),
+            inputs=move_to_device(self.inputs, device),
+            labels=move_to_device(self.labels, device),
             teacher=None if self.teacher is None else self.teacher.to(device, non_blocking=True),
         )
 
@@ -61,7 +62,7 @@ def take_apart(batch: Any, *, has_teacher: bool) -> Batch:
     """
     if isinstance(batch, Mapping):
         teacher = batch.get(TEACHER_KEY) if has_teacher else None
-        inputs: Any = {key: value for key, value in batch.items() if key not in (*LABEL_KEYS, TEACHER_KEY)}
+        inputs: Any = {key: value for key, value in batch.items() if key not in NOT_INPUTS}
         return Batch(inputs, _checked_labels(label_of(batch)), teacher)
     if not isinstance(batch, (tuple, list)):
         return Batch(batch, None, None)
@@ -81,13 +82,3 @@ def _checked_labels(labels: Any) -> Tensor | None:
         found = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
         raise DataError(f"labels must be integers (-1 where a row has none), found {found}")
     return labels.long()
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, dict):
-        return {key: _to(inner, device) for key, inner in value.items()}
-    if isinstance(value, (tuple, list)):
-        return type(value)(_to(inner, device) for inner in value)
-    return value

@@ -12,12 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdcache.errors import DataError, KDCacheError, LogitsError, UsageError
+from kdcache.errors import KDCacheError, LogitsError, UsageError
 from kdcache.stages.specs import describe, one_line
-
-# Of a dict item, these are not inputs, also where forward has an argument of that name: a transformers model that is
-# given `labels` computes a loss of its own.
-NOT_INPUTS = frozenset({"label", "labels", "sample_id", "teacher"})
+from kdcache.train.items import NOT_INPUTS, first_input
 
 
 def call_model(model: nn.Module, batch: Any, *, output_key: str | None = None, what: str = "model") -> Tensor:
@@ -26,7 +23,8 @@ def call_model(model: nn.Module, batch: Any, *, output_key: str | None = None, w
     Args:
         model: called once.
         batch: a tensor; a tuple or list, whose first element is the input; or a dict, of which the keys that `forward`
-            names are passed (all of them where it takes `**kwargs`), but never `NOT_INPUTS`.
+            names are passed (all of them where it takes `**kwargs`), but never labels, ids or teacher rows
+            (`kdcache.train.items.NOT_INPUTS`).
         output_key: key, attribute or position of the logits in the output.
         what: `teacher` or `student`, for the messages.
 
@@ -34,6 +32,7 @@ def call_model(model: nn.Module, batch: Any, *, output_key: str | None = None, w
         the logits, as the model gives them; usually (N, C) or (N, C, ...).
 
     Raises:
+        DataError: an empty tuple or list.
         UsageError: a dict batch lacks an argument of `forward`, or `output_key` picks nothing.
         LogitsError: the output, or what was picked from it, is not a tensor.
         KDCacheError: the model raised; its error is chained.
@@ -50,17 +49,16 @@ def call_model(model: nn.Module, batch: Any, *, output_key: str | None = None, w
     return _pick(output, output_key, what)
 
 
-def first_input(batch: Any) -> Any:
-    """The input in a batch or an item: itself, or the first element of a tuple or list.
-
-    Raises:
-        DataError: an empty tuple or list.
-    """
-    if isinstance(batch, (tuple, list)):
-        if not batch:
-            raise DataError("an item of the data set is an empty tuple; expected (x, label)")
-        return batch[0]
-    return batch
+def move_to_device(value: Any, device: torch.device) -> Any:
+    """The tensors in nested dicts, tuples and lists on the device; from pinned memory the copy does not wait."""
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, dict):
+        return {key: move_to_device(inner, device) for key, inner in value.items()}
+    if isinstance(value, (tuple, list)):
+        moved = [move_to_device(inner, device) for inner in value]
+        return type(value)(*moved) if hasattr(value, "_fields") else type(value)(moved)  # a namedtuple, or not
+    return value
 
 
 def _forward_inputs(model: nn.Module, batch: Mapping[str, Any], what: str) -> dict[str, Any]:
@@ -122,7 +120,7 @@ def _describe_output(output: Any) -> str:
 
 
 def _describe_batch(batch: Any) -> str:
-    value = first_input(batch)
+    value = batch if isinstance(batch, Mapping) else first_input(batch)
     if isinstance(value, torch.Tensor):
         return f"an input of shape {tuple(value.shape)} and {str(value.dtype).removeprefix('torch.')}"
     if isinstance(value, Mapping):

@@ -91,7 +91,7 @@ def run_demo(out: str | Path | None = None, *, seeds: int = 5, quiet: bool = Fal
 def _run(path: Path, *, seeds: int, quiet: bool) -> dict[str, Any]:
     blocks = load_blocks()
     teacher = train_teacher(blocks)
-    options = PrecomputeOptions(teacher_saw="no", quiet=True, overwrite=path.is_file(), threads=1)
+    options = PrecomputeOptions(teacher_saw="no", quiet=True, threads=1)
     precompute(teacher, blocks.transfer, path, options=options)
     with open_cache(path) as cache:
         rows = cache.rows(blocks.transfer_ids)

@@ -23,7 +23,7 @@ from kdcache.stages import checkpoint
 from kdcache.stages.amp import grad_scaler
 from kdcache.stages.devices import torch_threads
 from kdcache.stages.distill_inputs import Source, check_held_out, check_signal, open_source, open_student
-from kdcache.stages.distill_loop import Job, train
+from kdcache.stages.distill_loop import RunJob, train
 from kdcache.stages.distill_options import DistillOptions, portable, resolve
 from kdcache.stages.loaded_data import LoadedData
 from kdcache.stages.metrics import MetricsLog
@@ -37,7 +37,9 @@ from kdcache.stages.run_record import check_folder, describe_source, now, prepar
 from kdcache.stages.signals import StopRequest, graceful_signals
 from kdcache.stages.training import State, Trainer
 from kdcache.store.cache import Cache
+from kdcache.store.posix import translated
 from kdcache.store.versions import versions
+from kdcache.train.loss_settings import LossSettings
 
 RANK_SEED_STEP = 1_000_003  # dropout differs between ranks
 
@@ -119,7 +121,7 @@ def distill(
         ranks.copy_from_first([*net.parameters(), *net.buffers()])
         checkpoint.seed_generators((options.seed + RANK_SEED_STEP * ranks.rank) % 2**63)
         trainer = _build_trainer(net, width, source, options, ranks)
-        return _run(Job(options, trainer, source, held_out), stop)
+        return _run(RunJob(options, trainer, source, held_out), stop)
 
 
 def _build_trainer(net: nn.Module, width: int, train: Source, options: DistillOptions, ranks: Team) -> Trainer:
@@ -149,7 +151,10 @@ def _build_trainer(net: nn.Module, width: int, train: Source, options: DistillOp
         optimizer=optimizer,
         scaler=grad_scaler(options.amp, ranks.device),
         schedule=Schedule(options.schedule, options.lr, total_steps, options.warmup),
-        objective=Objective(options.alpha, options.temperature, options.label_smoothing, options.hard_targets),
+        objective=Objective(
+            LossSettings(options.alpha, options.temperature, label_smoothing=options.label_smoothing),
+            options.hard_targets,
+        ),
         order=order,
         team=ranks,
         amp=options.amp,
@@ -158,7 +163,7 @@ def _build_trainer(net: nn.Module, width: int, train: Source, options: DistillOp
     )
 
 
-def _run(job: Job, stop: StopRequest) -> RunResult:
+def _run(job: RunJob, stop: StopRequest) -> RunResult:
     options, ranks, out = job.options, job.trainer.team, job.out
     state, metrics_bytes, record = State(), 0, _new_record(job)
     if out is not None:
@@ -194,11 +199,12 @@ def _run(job: Job, stop: StopRequest) -> RunResult:
     if folder is not None:
         checkpoint.save(folder / checkpoint.LAST_NAME, checkpoint.state_dict(job.trainer.student))
         write_record(folder, record)
-        (folder / checkpoint.RESUME_NAME).unlink(missing_ok=True)
+        with translated("remove", folder / checkpoint.RESUME_NAME):
+            (folder / checkpoint.RESUME_NAME).unlink(missing_ok=True)
     return RunResult(job.trainer.student.eval(), out, state.step, state.last, state.best, record)
 
 
-def _finished(job: Job) -> RunResult:
+def _finished(job: RunJob) -> RunResult:
     """The result of a run that --resume finds finished."""
     assert job.out is not None
     record = read_record(job.out)
@@ -207,7 +213,7 @@ def _finished(job: Job) -> RunResult:
     return RunResult(job.trainer.student.eval(), job.out, record["steps"], record["last"], record["best"], record)
 
 
-def _new_record(job: Job) -> dict[str, Any]:
+def _new_record(job: RunJob) -> dict[str, Any]:
     trainer = job.trainer
     return {
         "status": "running",
@@ -235,7 +241,7 @@ def _results(state: State) -> dict[str, Any]:
     return {"steps": state.step, "train_seconds": round(state.seconds, 3), "last": state.last, "best": state.best}
 
 
-def _announce(job: Job, state: State) -> None:
+def _announce(job: RunJob, state: State) -> None:
     if not job.trainer.team.is_first or job.options.quiet:
         return
     order, lines = job.trainer.order, [f"loss = {job.trainer.objective.formula}"]

@@ -29,7 +29,7 @@ from kdcache.store.cache import Cache
 from kdcache.store.cache import open as open_cache
 from kdcache.train.attach import attach
 from kdcache.train.checks import Check
-from kdcache.train.ids import resolve
+from kdcache.train.ids import length, resolve
 from kdcache.train.reading import Missing
 from kdcache.train.with_ids import with_ids
 
@@ -71,16 +71,16 @@ def open_source(
     Raises:
         CoverageError: the cache lacks samples and `missing` is `error`.
         UsageError: a one-class teacher.
-        DataError: no rows.
+        DataError: no rows, or no length.
     """
     loaded = load_data(data) if isinstance(data, str) else data
     if not isinstance(loaded, LoadedData):
         classes = getattr(loaded, "num_classes", None)
-        rows = _length(loaded, name)
+        rows = length(loaded)
         loaded = LoadedData(
             loaded, name, classes if isinstance(classes, int) else None, None, None, {"name": name, "rows": rows}
         )
-    positions = np.arange(_length(loaded.dataset, name), dtype=np.int64)
+    positions = np.arange(length(loaded.dataset), dtype=np.int64)
     if not len(positions):
         raise DataError(f"the {name} data has no rows; a run needs at least one")
     if cache is None:
@@ -98,15 +98,6 @@ def open_source(
         if not len(positions):
             raise DataError(f"{opened.path.name} holds none of the {len(ids)} samples of the {name} data; none is left")
     return Source(name, loaded.dataset, ids, positions, opened, loaded.num_classes, loaded.provenance)
-
-
-def _length(dataset: Any, name: str) -> int:
-    try:
-        return len(dataset)
-    except TypeError:
-        raise DataError(
-            f"the {name} data ({type(dataset).__name__}) has no length; a map-style data set is needed"
-        ) from None
 
 
 def build_loader(source: Source, batch_sampler: Any, options: DistillOptions, generator: torch.Generator) -> Any:

@@ -7,6 +7,7 @@ after the same step, in this order.
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ from kdcache.stages.training import State, Trainer, fetch_window, take_step
 
 
 @dataclass(frozen=True, eq=False)
-class Job:
+class RunJob:
     """A run's fixed parts: what was asked for and what it works on."""
 
     options: DistillOptions
@@ -53,7 +54,7 @@ class Job:
         return identity(self.options, self.source, self.held_out, total_steps=self.total_steps)
 
 
-def train(job: Job, state: State, log: MetricsLog, stop: StopRequest, bar: Progress) -> None:
+def train(job: RunJob, state: State, log: MetricsLog, stop: StopRequest, bar: Progress) -> None:
     """The loop: epochs, steps, and what is due after a step."""
     options, trainer, order, ranks = job.options, job.trainer, job.trainer.order, job.trainer.team
     generator = torch.Generator()
@@ -96,10 +97,11 @@ def train(job: Job, state: State, log: MetricsLog, stop: StopRequest, bar: Progr
             began = time.perf_counter()
 
 
-def _training_line(job: Job, state: State, parts: Tensor) -> dict[str, Any]:
+def _training_line(job: RunJob, state: State, parts: Tensor) -> dict[str, Any]:
     """The line for the steps since the last one, which it ends.
 
-    `loss` is the mean over all of them; `ce` and `kd` (temperature**2 * KL) are those of the last step.
+    `loss` is the mean over all of them; `ce` and `kd` (temperature**2 * KL) are those of the last step,
+    and left out where a masked class makes them infinite.
     """
     numerator, weight = fetch_window(state).sum(dim=0).tolist()
     state.signal_rows += weight
@@ -111,25 +113,25 @@ def _training_line(job: Job, state: State, parts: Tensor) -> dict[str, Any]:
         **_position(job, state),
         "event": "train",
         "loss": numerator / weight if weight else 0.0,
-        **({"ce": ce / labelled} if labelled else {}),
-        **({"kd": kd / taught} if taught else {}),
+        **({"ce": ce / labelled} if labelled and math.isfinite(ce) else {}),
+        **({"kd": kd / taught} if taught and math.isfinite(kd) else {}),
         "lr": job.trainer.schedule.at(state.step - 1),
-        "images_per_second": state.window_rows / max(state.window_seconds, 1e-9),
+        "rows_per_second": state.window_rows / max(state.window_seconds, 1e-9),
     }
     state.last = {**state.last, "loss": line["loss"]}
     state.window, state.window_rows, state.window_seconds = [], 0, 0.0
     return line
 
 
-def _position(job: Job, state: State) -> dict[str, Any]:
+def _position(job: RunJob, state: State) -> dict[str, Any]:
     return {"step": state.step, "epoch": round(state.step / job.trainer.order.steps_per_epoch, 4)}
 
 
-def _evaluation_is_due(job: Job, step: int) -> bool:
+def _evaluation_is_due(job: RunJob, step: int) -> bool:
     return step % (job.options.eval_steps or job.trainer.order.steps_per_epoch) == 0
 
 
-def _held_out_batches(job: Job) -> Any:
+def _held_out_batches(job: RunJob) -> Any:
     if job.held_out is None:
         return None
     pieces = job.options.grad_accumulation * job.trainer.team.world_size
@@ -138,7 +140,7 @@ def _held_out_batches(job: Job) -> Any:
     return build_loader(job.held_out, sampler, job.options, torch.Generator())
 
 
-def _evaluate(job: Job, state: State, held_out: Any, log: MetricsLog) -> None:
+def _evaluate(job: RunJob, state: State, held_out: Any, log: MetricsLog) -> None:
     """Measures the student, and keeps it if it is the best so far."""
     fetch_window(state)  # a student that diverged is not worth measuring
     assert job.held_out is not None
@@ -156,7 +158,7 @@ def _evaluate(job: Job, state: State, held_out: Any, log: MetricsLog) -> None:
             checkpoint.save(job.out / checkpoint.BEST_NAME, checkpoint.state_dict(trainer.student))
 
 
-def _save(job: Job, state: State, log: MetricsLog) -> None:
+def _save(job: RunJob, state: State, log: MetricsLog) -> None:
     assert job.out is not None
     fetch_window(state)  # what diverged must not replace what did not
     path = job.out / checkpoint.RESUME_NAME

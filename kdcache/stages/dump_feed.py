@@ -18,11 +18,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from kdcache.errors import DataError, KDCacheError
 from kdcache.format.identity import input_digest, show_id
-from kdcache.stages.calling import NOT_INPUTS
 from kdcache.stages.devices import torch_threads
 from kdcache.stages.signals import shield_worker
 from kdcache.stages.specs import one_line
-from kdcache.train.items import first_input, label_of, load_items
+from kdcache.train.items import NOT_INPUTS, first_input, label_of, load_items
 
 
 @dataclass(frozen=True)
@@ -143,20 +142,23 @@ def batches(
 
 @contextmanager
 def worker_deaths() -> Iterator[None]:
-    """Turns the error that torch raises, anywhere in the main thread, when a DataLoader worker dies into one of ours.
+    """Turns what torch and Python raise when a DataLoader worker dies into an error of ours.
+
+    That is torch's own error, anywhere in the main thread (from a signal handler), or a broken connection where a
+    batch was on its way. The traceback is dropped, for it would keep the other workers.
 
     Raises:
         KDCacheError: a worker died inside the block.
     """
     try:
         yield
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
         raise KDCacheError(
             f"a process that loads data died ({one_line(error)}); finished shards are kept. If memory ran out, run the "
             "same command again with fewer --workers"
-        ) from error
+        ) from error.with_traceback(None)
 
 
 def collate(items: list[Any]) -> Any:

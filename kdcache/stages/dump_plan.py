@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kdcache.errors import DataError, LogitsError, StorageError, UsageError
+from kdcache.errors import DataError, IncompleteCacheError, LogitsError, StorageError, UsageError
 from kdcache.format.encodings import Encoding
 from kdcache.format.identity import ids_sha256
 from kdcache.format.manifest import ClassList
@@ -23,11 +23,11 @@ from kdcache.stages.data import LoadedData
 from kdcache.stages.dump_feed import DumpItems, Fed, collate
 from kdcache.stages.precompute_options import PrecomputeOptions
 from kdcache.stages.teachers import LoadedTeacher
-from kdcache.store.dump import refuse_foreign
-from kdcache.store.folder import MANIFEST, PLAN, read_manifest
+from kdcache.store.folder import MANIFEST, PLAN, SHARDS, read_manifest
 from kdcache.store.parts import read_catalog
 from kdcache.store.plan import Plan, default_shard_rows, first_difference, parse_plan, raise_difference
 from kdcache.store.posix import read_file
+from kdcache.store.removal import refuse_foreign
 from kdcache.store.versions import versions
 from kdcache.store.writer import dump_folder_of
 from kdcache.train.ranks import discover
@@ -69,8 +69,10 @@ def early_checks(out: Path, data: LoadedData, sample_ids: np.ndarray, options: P
             "--overwrite goes with one process only: each of several would remove what the others have done; remove "
             f"{out} first"
         )
-    found = None if options.overwrite else _existing_provenance(out, folder)
-    if found is None:
+    found, stored = (None, False) if options.overwrite else _existing(out, folder)
+    if found is not None and options.threads is None and isinstance(threads_of(found), int):
+        options = replace(options, threads=threads_of(found))
+    if found is None or not stored:
         if not os.access(_existing_folder(out), os.W_OK):
             raise StorageError(
                 f"{out} cannot be written: no permission in {_existing_folder(out)}; choose another --out"
@@ -80,8 +82,6 @@ def early_checks(out: Path, data: LoadedData, sample_ids: np.ndarray, options: P
             check_disk(out, len(sample_ids) * (data.num_classes * width + 32) * (2 if one_file else 1))
         return replace(options, threads=options.threads or torch.get_num_threads())
     there = found.get("precision", {})
-    if options.threads is None and isinstance(there.get("threads"), int):
-        options = replace(options, threads=there["threads"])
     wanted = {**precision(options, torch.device("cpu")), "device": there.get("device")}
     for part, left, right in (
         ("provenance.data", found.get("data"), data_identity(data, sample_ids)),
@@ -150,12 +150,13 @@ def precision(options: PrecomputeOptions, device: torch.device) -> dict[str, Any
 
 
 def describe_transform(transform: Any) -> str:
-    """A transform as text, without memory addresses."""
+    """A transform as text, without memory addresses or paths."""
     name = getattr(transform, "__qualname__", None)
     if name is not None:
         return f"{getattr(transform, '__module__', '')}.{name}"
     text = " ".join(repr(transform).split())
-    return type(transform).__qualname__ if " at 0x" in text else text[:2000]
+    private = " at 0x" in text or any(mark in text for mark in ("/", "\\", "~"))  # an address, or perhaps a path
+    return type(transform).__qualname__ if private else text[:2000]
 
 
 def forward(model: nn.Module, inputs: Any, device: torch.device, options: PrecomputeOptions) -> Tensor:
@@ -246,10 +247,21 @@ def feed(items: DumpItems, indices: list[int]) -> Fed:
     return Fed(inputs, labels, digests)
 
 
-def _existing_provenance(out: Path, folder: Path) -> dict[str, Any] | None:
-    if (folder / MANIFEST).exists():
-        return read_manifest(folder).provenance
-    if (folder / PLAN).exists():
-        path = folder / PLAN
-        return parse_plan(read_file(path, 1 << 28), where=str(path)).provenance
-    return read_catalog(out).provenance if out.is_file() else None
+def threads_of(provenance: dict[str, Any]) -> int | None:
+    """The number of threads of a dump, None where it does not say."""
+    threads = provenance.get("precision", {}).get("threads")
+    return threads if isinstance(threads, int) else None
+
+
+def _existing(out: Path, folder: Path) -> tuple[dict[str, Any] | None, bool]:
+    """The provenance of the dump at `out`, and whether any of its rows are stored."""
+    try:
+        if (folder / MANIFEST).exists():
+            return read_manifest(folder).provenance, True
+        if (folder / PLAN).exists():
+            path = folder / PLAN
+            plan = parse_plan(read_file(path, 1 << 28), where=str(path))
+            return plan.provenance, any(name.endswith(".h5") for name in os.listdir(folder / SHARDS))
+    except (IncompleteCacheError, FileNotFoundError):
+        pass  # another process has finished it since
+    return (read_catalog(out).provenance, True) if out.is_file() else (None, False)

@@ -56,6 +56,7 @@ class ShardSink:
         self._queue: queue.Queue[EncodedBatch | None] = queue.Queue(_QUEUE_BATCHES)
         self._error: BaseException | None = None
         self._dropped = False
+        self._ended = threading.Event()
         self._container: ContainerWriter | None = None
         self._thread = threading.Thread(target=self._work, name="kdcache-sink", daemon=True)
         self._thread.start()
@@ -76,16 +77,18 @@ class ShardSink:
             KDCacheError: what went wrong with a batch.
         """
         self._queue.put(None)
-        self._thread.join()
+        self._ended.wait()
         self._raise()
 
     def drop(self) -> None:
         """Stops without publishing the shard in hand; never raises."""
         self._dropped = True
-        while self._thread.is_alive():
-            with contextlib.suppress(RuntimeError):  # raised by torch's signal handler when a DataLoader worker died
+        # torch raises from a signal handler when a DataLoader worker died; a thread whose `join` is interrupted in
+        # this way counts as ended while it still runs (Python 3.11), so its end is an event.
+        while not self._ended.is_set():
+            with contextlib.suppress(RuntimeError):
                 self._queue.put(None)
-                self._thread.join()
+                self._ended.wait()
 
     def _raise(self) -> None:
         if self._error is not None:
@@ -101,6 +104,7 @@ class ShardSink:
                 self._error = error
                 self._abandon()
         self._abandon()
+        self._ended.set()
 
     def _write(self, batch: EncodedBatch) -> None:
         if batch.ready is not None:

@@ -10,22 +10,13 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from kdcache.errors import MissingExtraError
+from kdcache.stages.tensorboard_events import EventFile
+from kdcache.store.posix import translated
 
 METRICS_NAME = "metrics.jsonl"
 TENSORBOARD_NAME = "tensorboard"
-
-
-class ScalarWriter(Protocol):
-    """The part of TensorBoard's SummaryWriter that is used here."""
-
-    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None:
-        """Records one number."""
-
-    def close(self) -> None:
-        """Flushes and closes the event file."""
 
 
 class MetricsLog:
@@ -35,48 +26,49 @@ class MetricsLog:
         folder: the run's folder.
         keep_bytes: length to cut an existing file to; 0 starts anew.
         tensorboard: write TensorBoard events beside it.
-        step: the step the run starts at; TensorBoard hides what an earlier process wrote beyond it.
+        step: the step the run starts at.
+
+    Raises:
+        StorageError: the disk is full or refuses otherwise; so do `write`, `sync` and `close`.
     """
 
     def __init__(self, folder: Path | None, *, keep_bytes: int = 0, tensorboard: bool = False, step: int = 0) -> None:
         self._file = None
-        self._scalars: ScalarWriter | None = None
-        if folder is not None:
-            if tensorboard:
-                self._scalars = _summary_writer(folder / TENSORBOARD_NAME, step)
-            self._file = (folder / METRICS_NAME).open("ab")
-            self._file.truncate(min(keep_bytes, self._file.tell()))
+        self._events: EventFile | None = None
+        if folder is None:
+            return
+        if tensorboard:
+            self._events = EventFile(folder / TENSORBOARD_NAME, step=step)
+        self._path = folder / METRICS_NAME
+        with translated("open", self._path):
+            self._file = self._path.open("ab")
+            if self._file.tell() > keep_bytes:
+                self._file.truncate(keep_bytes)
 
     def write(self, record: dict[str, Any]) -> None:
         """Appends one line; keys `step` and `event` are expected, numbers must be finite."""
         if self._file is not None:
-            self._file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
-            self._file.flush()
-        if self._scalars is not None:
-            for key, value in record.items():
-                if isinstance(value, float):
-                    self._scalars.add_scalar(f"{record['event']}/{key}", value, record["step"])
+            line = json.dumps(record, allow_nan=False).encode() + b"\n"
+            with translated("write", self._path):
+                self._file.write(line)
+                self._file.flush()
+        if self._events is not None:
+            scalars = {f"{record['event']}/{key}": value for key, value in record.items() if isinstance(value, float)}
+            self._events.write(record["step"], scalars)
 
     def sync(self) -> int:
         """Brings the lines to the disk and returns the file's length in bytes (0 without a file)."""
         if self._file is None:
             return 0
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        return os.fstat(self._file.fileno()).st_size
+        with translated("write", self._path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            return os.fstat(self._file.fileno()).st_size
 
     def close(self) -> None:
         """Closes what is open; harmless when repeated."""
         if self._file is not None:
-            self._file.close()
-        if self._scalars is not None:
-            self._scalars.close()
-
-
-def _summary_writer(folder: Path, step: int) -> ScalarWriter:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise MissingExtraError.of("tensorboard", extra="tensorboard", what="--tensorboard") from None
-    writer: ScalarWriter = SummaryWriter(str(folder), purge_step=step)
-    return writer
+            with translated("write", self._path):
+                self._file.close()
+        if self._events is not None:
+            self._events.close()

@@ -6,15 +6,15 @@ taken by whoever knows the whole batch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from kdcache.errors import UsageError
 from kdcache.stages.batches import Batch
-from kdcache.train.criterion import DistillationLoss
-from kdcache.train.losses import cross_entropy, loss_sums, soft_target_kl
+from kdcache.train.loss_settings import LossSettings
+from kdcache.train.losses import cross_entropy, soft_target_kl, sum_terms
 from kdcache.train.soft_targets import pseudo_labels, teacher_signal
 
 
@@ -22,18 +22,13 @@ from kdcache.train.soft_targets import pseudo_labels, teacher_signal
 class Objective:
     """(1 - alpha) * CE + alpha * temperature**2 * KL, or CE on the teacher's argmax (`hard_targets`)."""
 
-    alpha: float
-    temperature: float
-    label_smoothing: float = 0.0
+    settings: LossSettings
     hard_targets: bool = False
 
     @property
     def formula(self) -> str:
         """With its numbers, as printed at the start and kept in the run record."""
-        if self.hard_targets:
-            return "CE(argmax of the teacher)"
-        loss = DistillationLoss(self.alpha, self.temperature, label_smoothing=self.label_smoothing)
-        return loss.formula
+        return "CE(argmax of the teacher)" if self.hard_targets else self.settings.formula
 
     def sums(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Numerator (with a gradient) and denominator of the mean over some rows of a step.
@@ -41,21 +36,14 @@ class Objective:
         A row with a label only learns the label, a row with a teacher only the teacher, whatever alpha;
         a row with neither counts nowhere. So do rows of data without any labels.
         """
-        labels, teacher, alpha = batch.labels, batch.teacher, self.alpha
+        labels, teacher, alpha = batch.labels, batch.teacher, self.settings.alpha
         if self.hard_targets:
             labels, teacher, alpha = self._hard_labels(batch), None, 0.0
         elif labels is None:
             alpha = 1.0  # what the rule above says of rows without a label
         elif teacher is None:
             alpha = 0.0
-        return loss_sums(
-            logits,
-            teacher,
-            labels,
-            alpha=alpha,
-            temperature=self.temperature,
-            label_smoothing=self.label_smoothing,
-        )
+        return sum_terms(logits, teacher, labels, replace(self.settings, alpha=alpha))
 
     @torch.no_grad()
     def parts(self, logits: Tensor, batch: Batch) -> Tensor:
@@ -68,8 +56,8 @@ class Objective:
         if labels is not None:
             parts[:2] = cross_entropy(logits.float(), labels).sum(), (labels >= 0).sum()
         if batch.teacher is not None:
-            divergence, taught = masked_kl(logits.float(), batch, temperature=self.temperature)
-            parts[2:] = divergence.sum() * self.temperature**2, taught.sum()
+            divergence, taught = masked_kl(logits.float(), batch, temperature=self.settings.temperature)
+            parts[2:] = divergence.sum() * self.settings.factor, taught.sum()
         return torch.stack([part.float() for part in parts])
 
     @staticmethod

@@ -40,12 +40,13 @@ from kdcache.stages.progress import Progress
 from kdcache.stages.signals import StopRequest, graceful_signals
 from kdcache.stages.teachers import LoadedTeacher
 from kdcache.store import posix
-from kdcache.store.dump import DumpFolder, clear_dump, open_dump, remove_dump, remove_empty
+from kdcache.store.dump import DumpFolder, open_dump
 from kdcache.store.folder import read_manifest
 from kdcache.store.locks import FINISH
 from kdcache.store.merge import merge
 from kdcache.store.parts import read_catalog
 from kdcache.store.plan import Plan, require_same_file
+from kdcache.store.removal import clear_dump, remove_dump, remove_empty
 from kdcache.store.shards import remove_temporaries
 from kdcache.store.writer import dump_folder_of
 from kdcache.train.encode import encode
@@ -155,10 +156,17 @@ def _dump(job: Job, out: Path, stop: StopRequest) -> PrecomputeResult:
             root: str | None = _finished_file(out, plan)
         else:
             dump = open_dump(folder, plan, merged=out if one_file else None)
-            computed = 0 if dump.finished else _work_through(dump, job, stop)
-            root = _finish(dump, plan)
-            if root is not None and one_file:
-                root = _merge_once(dump, folder, out, plan)
+            try:
+                computed = 0 if dump.finished else _work_through(dump, job, stop)
+                _finish(dump, plan)
+                if not dump.finished:
+                    root = None  # other processes (--shard) have shards to do
+                elif one_file:
+                    root = _merge_once(dump, out, plan, stop)
+                else:
+                    root = read_manifest(folder).root
+            finally:
+                dump.leave()
     except (StorageError, IncompleteCacheError):
         if not (one_file and out.is_file()):
             raise
@@ -247,26 +255,23 @@ def _rows(plan: Plan, number: int) -> int:
     return stop - start
 
 
-def _finish(dump: DumpFolder, plan: Plan) -> str | None:
-    """The root hash, after whoever finds all shards committed has written the manifest; None while some are missing."""
+def _finish(dump: DumpFolder, plan: Plan) -> None:
+    """Writes the manifest if all shards are committed and no other process has done it."""
     if not dump.finished:
         records = dump.all_records()
         if records is not None:
-            return dump.finish(records, samples=plan.samples or 0).root
-        if not dump.finished:  # else another process has, and cleared the records away
-            return None
-    return read_manifest(dump.folder).root if dump.manifest_path.exists() else ""
+            dump.finish(records, samples=plan.samples or 0)
 
 
-def _merge_once(dump: DumpFolder, folder: Path, out: Path, plan: Plan) -> str:
+def _merge_once(dump: DumpFolder, out: Path, plan: Plan, stop: StopRequest) -> str:
     """Makes the one file from the finished folder; processes that come second wait and find it done."""
-    with dump.exclusive(FINISH):
+    with dump.exclusive(FINISH, lambda: _check_stop(stop)):
         if not out.is_file():
-            merge(folder, out)
+            merge(dump.folder, out, progress=lambda rows: _check_stop(stop))
         root = _finished_file(out, plan)
         remove_temporaries(out.parent, out.name)
-        clear_dump(folder)
-        remove_empty(folder)
+        clear_dump(dump.folder)
+        remove_empty(dump.folder)
     return root
 
 

@@ -6,6 +6,7 @@ metrics.jsonl   one object a line
 best.pt         the student at its best evaluation, a plain state dict (with validation data only)
 last.pt         the student at the end, likewise
 resume.pt       while the run is unfinished: all it takes to go on
+tensorboard/    events of the same numbers, if asked for
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from kdcache.errors import KDCacheError, StorageError, UsageError
 from kdcache.stages.checkpoint import BEST_NAME, LAST_NAME, RESUME_NAME
 from kdcache.stages.distill_inputs import Source
 from kdcache.stages.metrics import METRICS_NAME, TENSORBOARD_NAME
+from kdcache.stages.tensorboard_events import EVENTS_PREFIX
 from kdcache.store import posix
 
 RECORD_NAME = "run.json"
@@ -63,7 +65,7 @@ def prepare_folder(out: Path, *, overwrite: bool) -> None:
         for left in out.glob(".tmp-*"):  # of a process that was killed while it wrote
             left.unlink()
         if overwrite:
-            events = (out / TENSORBOARD_NAME).glob("events.out.tfevents.*")
+            events = (out / TENSORBOARD_NAME).glob(f"{EVENTS_PREFIX}*")
             for path in [*(out / name for name in RUN_FILES), *events]:
                 path.unlink(missing_ok=True)
     except OSError as error:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+GRACE_SECONDS = 30
 
 
 class StopRequest:
@@ -59,8 +60,14 @@ def shield_worker(worker_id: int) -> None:
     """A DataLoader's `worker_init_fn`: the main process alone decides what a signal means.
 
     Ctrl-C and batch systems signal the whole process group. A worker that died of it would fail the
-    step in hand, which is to be finished. The second SIGTERM does end a worker, so that a stuck one
-    can still be cleared away (DataLoader sends one, the interpreter's exit another).
+    step in hand, which is to be finished. The second SIGTERM does end a worker, and so does the time: an
+    interpreter that exits sends one and then waits for its children without an end.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL) and None)
+    signal.signal(signal.SIGTERM, _end_soon)
+
+
+def _end_soon(number: int, frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(GRACE_SECONDS)

@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 
-from kdcache.errors import CorruptCacheError, IncompleteCacheError, MismatchError, UsageError
+from kdcache.errors import CorruptCacheError, IncompleteCacheError, MismatchError
 from kdcache.format.headers import shard_header
 from kdcache.format.identity import canonical_json
 from kdcache.format.manifest import (
     CLASSES_FILE,
-    SHARD_NAME,
     Manifest,
     ShardRecord,
     parse_manifest,
@@ -30,12 +28,10 @@ from kdcache.format.manifest import (
 from kdcache.format.strict_json import MAX_JSON_BYTES, load_json
 from kdcache.store import posix
 from kdcache.store.folder import MANIFEST, PLAN, SHARDS, read_manifest
-from kdcache.store.locks import FINISH, OWNER, lock_file
+from kdcache.store.locks import FINISH, OWNER, PRESENT, lock_file
 from kdcache.store.plan import Plan, parse_plan, plan_of_manifest, require_same_plan
-from kdcache.store.shards import TEMPORARY_PREFIX, ContainerWriter, file_sha256, remove_temporaries
-
-_IN_SHARDS = re.compile(rf"{SHARD_NAME.pattern[:-2]}(h5|json)|\.tmp-.*")
-_OURS = {MANIFEST, PLAN, SHARDS, ".lock", "README.md", CLASSES_FILE}
+from kdcache.store.removal import refuse_foreign
+from kdcache.store.shards import ContainerWriter, file_sha256, remove_temporaries
 
 
 class DumpFolder:
@@ -61,35 +57,33 @@ class DumpFolder:
         return self.manifest_path.exists() or (self._merged is not None and self._merged.exists())
 
     def record(self, view: int, index: int) -> ShardRecord | None:
-        """The commit record of a shard, None if it is not committed."""
+        """The commit record of a shard; None if it is not committed, or its file is gone or cut short since."""
         path = self._record_path(view, index)
-        if not path.exists():
-            return None
         try:
             text = posix.read_file(path, MAX_JSON_BYTES)
-        except IncompleteCacheError:  # cleared away since, by the process that wrote the manifest
+        except IncompleteCacheError:  # never written, or cleared away by the process that wrote the manifest
             return None
-        return parse_shard(load_json(text, where=str(path)), self.plan.schema, where=str(path))
+        record = parse_shard(load_json(text, where=str(path)), self.plan.schema, where=str(path))
+        return record if self._is_whole(record) else None
 
     def claim(self, view: int, index: int) -> bool:
         """Takes the lock of a shard that nobody has committed; False if it is done or in other hands."""
         lock = self._lock_index(view, index)
-        if self.finished or self._record_path(view, index).exists():
+        if self.finished or self.record(view, index) is not None:
             return False
         with posix.translated("lock", self.folder):
             if not self._locks.try_lock(lock):
                 return False
-        if self.finished or self._record_path(view, index).exists():  # committed while we asked
+        if self.finished or self.record(view, index) is not None:  # committed while we asked
             self.release(view, index)
             return False
         self.clear_shard(view, index)
         return True
 
     def clear_shard(self, view: int, index: int) -> None:
-        """Removes what a process that died left of an uncommitted shard: temporary files, or one without record."""
+        """Removes what is left of a shard that is not committed: temporary files, a shard or a record alone."""
         remove_temporaries(self.folder / SHARDS, shard_name(view, index))
-        with posix.translated("clean", self.folder):
-            posix.unlink(self.folder / SHARDS / shard_name(view, index))
+        self.discard(view, index)
 
     def own(self) -> None:
         """Takes the folder for this process alone: a `Writer`, whose shards follow each other.
@@ -164,11 +158,18 @@ class DumpFolder:
             return manifest
 
     @contextlib.contextmanager
-    def exclusive(self, lock: int) -> Iterator[None]:
-        """Waits for a lock that only one process holds at a time (it is held for milliseconds, or for a merge)."""
+    def exclusive(self, lock: int, while_waiting: Callable[[], None] | None = None) -> Iterator[None]:
+        """Waits for a lock that only one process holds at a time (for milliseconds, or for a merge).
+
+        Args:
+            lock: its index.
+            while_waiting: called again and again meanwhile; may raise.
+        """
         with posix.translated("lock", self.folder):
             while not self._locks.try_lock(lock):
                 time.sleep(0.02)
+                if while_waiting is not None:
+                    while_waiting()
         try:
             yield
         finally:
@@ -192,14 +193,58 @@ class DumpFolder:
         """
         with self.exclusive(FINISH):
             if self.manifest_path.exists():
-                found = plan_of_manifest(read_manifest(self.folder), samples_known=self.plan.samples is not None)
+                manifest = read_manifest(self.folder)
+                found = plan_of_manifest(manifest, samples_known=self.plan.samples is not None)
                 require_same_plan(found, self.plan, where=where)
                 self._clear()  # what a process that was killed right after it wrote the manifest left behind
+                if self.plan.samples is not None:
+                    self._reopen(manifest)
             elif not self.finished:
-                path = self.folder / PLAN
-                posix.write_file(path, self.plan.dump(), replace=False)
-                found = parse_plan(posix.read_file(path, MAX_JSON_BYTES), where=str(path))
-                require_same_plan(found, self.plan, where=where)
+                self._join_plan(where)
+            with posix.translated("lock", self.folder):
+                self._locks.share(PRESENT)
+
+    def leave(self) -> None:
+        """Ends this process's part in the dump; others may then replace it."""
+        with posix.translated("lock", self.folder):
+            self._locks.unlock(PRESENT)
+
+    def _join_plan(self, where: str) -> None:
+        path = self.folder / PLAN
+        shards = sorted(n for n in os.listdir(self.folder / SHARDS) if n.endswith(".h5"))
+        if shards and not path.exists():
+            raise IncompleteCacheError(
+                f"{where} holds shards ({shards[0]} ...) but neither {MANIFEST} nor {PLAN}: bring the manifest back, "
+                "or replace everything with --overwrite"
+            )
+        posix.write_file(path, self.plan.dump(), replace=False)
+        found = parse_plan(posix.read_file(path, MAX_JSON_BYTES), where=str(path))
+        try:
+            require_same_plan(found, self.plan, where=where)
+        except MismatchError:
+            if shards or not self._locks.try_lock(PRESENT):
+                raise
+            # Nothing was stored by that plan, and nobody is at work on it: a first try that failed.
+            posix.write_file(path, self.plan.dump(), replace=True)
+
+    def _reopen(self, manifest: Manifest) -> None:
+        """Turns a finished folder whose shards are not all there back into a dump that lacks them."""
+        whole = [record for record in manifest.shards if self._is_whole(record)]
+        if len(whole) == len(manifest.shards):
+            return
+        for record in whole:
+            text = canonical_json(record.to_json()).encode() + b"\n"
+            posix.write_file(self.folder / SHARDS / f"{record.file[:-3]}.json", text, replace=True)
+        posix.write_file(self.folder / PLAN, self.plan.dump(), replace=True)
+        with posix.translated("remove", self.manifest_path):
+            posix.unlink(self.manifest_path)
+            posix.fsync_folder(self.folder)
+
+    def _is_whole(self, record: ShardRecord) -> bool:
+        try:
+            return os.stat(self.folder / SHARDS / record.file).st_size == record.size
+        except OSError:
+            return False
 
     def _clear(self) -> None:
         with posix.translated("clean", self.folder):
@@ -255,66 +300,3 @@ def open_dump(folder: Path, plan: Plan, *, merged: Path | None = None) -> DumpFo
     dump = DumpFolder(folder, plan, merged)
     dump.join(str(folder))
     return dump
-
-
-def refuse_foreign(folder: Path) -> None:
-    """Refuses a path that is not a folder, or a folder with files that are not a dump's.
-
-    Raises:
-        UsageError: naming the first foreign entry.
-    """
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise UsageError(f"{folder} exists and is not a folder; choose another --out")
-    with posix.translated("read", folder):
-        names = set(os.listdir(folder))
-        shards = os.listdir(folder / SHARDS) if (folder / SHARDS).is_dir() else []
-    foreign = sorted(n for n in names - _OURS if not n.startswith(TEMPORARY_PREFIX))
-    foreign += sorted(f"{SHARDS}/{n}" for n in shards if not _IN_SHARDS.fullmatch(n))
-    if names and not names & {MANIFEST, PLAN, SHARDS, ".lock"}:
-        foreign = sorted(names)  # a README.md alone is somebody's
-    if foreign:
-        raise UsageError(
-            f"{folder} exists and holds {foreign[0]!r}, which is not part of a cache; choose another or an empty --out"
-        )
-
-
-def remove_dump(folder: Path) -> None:
-    """Removes a cache or a dump in progress (`--overwrite`); the manifest goes first.
-
-    Raises:
-        UsageError: the folder holds something else, which is never removed.
-        MismatchError: another process works on it.
-    """
-    refuse_foreign(folder)
-    if not folder.exists():
-        return
-    locks = lock_file(folder)
-    with posix.translated("lock", folder):
-        if not locks.try_lock_all():
-            raise MismatchError(f"{folder} is in use by process {locks.holder(0, 0)}; wait for it or stop it")
-    try:
-        clear_dump(folder)
-    finally:
-        locks.unlock_all()
-
-
-def clear_dump(folder: Path) -> None:
-    """Removes the files of a dump, as far as they are there; the caller holds the lock FINISH."""
-    remove_temporaries(folder)
-    with posix.translated("remove", folder), contextlib.suppress(FileNotFoundError):
-        for name in (MANIFEST, PLAN, "README.md", CLASSES_FILE):
-            posix.unlink(folder / name)
-        if (folder / SHARDS).is_dir():
-            for name in os.listdir(folder / SHARDS):
-                posix.unlink(folder / SHARDS / name)
-        posix.fsync_folder(folder)
-
-
-def remove_empty(folder: Path) -> None:
-    """Removes a dump folder that `clear_dump` has emptied; whatever else is in it stays."""
-    with contextlib.suppress(OSError):
-        (folder / SHARDS).rmdir()
-        (folder / ".lock").unlink()
-        folder.rmdir()

@@ -21,6 +21,8 @@ FINISH = 1 << 40
 """Index of the lock that guards the manifest."""
 OWNER = FINISH + 1
 """Index of the lock of a process that fills a folder alone."""
+PRESENT = FINISH + 2
+"""Index of the lock that all processes of a dump share, so that nobody replaces its plan under them."""
 _GUARD = threading.Lock()
 _OPEN: dict[tuple[int, int, int], LockFile] = {}
 
@@ -52,6 +54,12 @@ class LockFile:
         with self._guard:
             self._held.discard(index)
             fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, index)
+
+    def share(self, index: int) -> None:
+        """Takes a lock together with others; nobody can have it alone meanwhile. Waits for one who has."""
+        with self._guard:
+            self._held.discard(index)
+            fcntl.lockf(self._fd, fcntl.LOCK_SH, 1, index)
 
     def try_lock_all(self) -> bool:
         """Takes the locks of all shards at once; False if any of them is held, here or in another process."""

@@ -70,7 +70,7 @@ def _write(
     header = FileHeader(catalog.schema, catalog.classes, catalog.samples, views, ids, catalog.provenance)
     with posix.translated("create", target.parent):
         posix.make_folder(target.parent)
-    remove_temporaries(target.parent, target.name)
+    remove_temporaries(target.parent, target.name, of_the_dead=True)
     writer = ContainerWriter(target, catalog.schema, catalog.samples * len(views), header.dump(), hash_file=False)
     try:
         step = max(1, _BLOCK_BYTES // catalog.schema.row_bytes)
@@ -82,7 +82,9 @@ def _write(
                 writer.append(stored_arrays(rows), view=view, positions=positions)
                 if progress is not None:
                     progress(len(positions))
-        root = writer.finish_with_payload_hash(lambda digest: replace(header, payload_sha256=digest).dump())
+        root = writer.finish_with_digests(
+            lambda payload, rows: replace(header, payload_sha256=payload, rows_blake2b=rows).dump()
+        )
         if not writer.publish(replace=overwrite):
             raise UsageError(f"{target} appeared while it was written; choose another name or pass --overwrite")
     except BaseException:

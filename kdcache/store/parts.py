@@ -15,7 +15,7 @@ from typing import Any
 
 from kdcache.errors import CorruptCacheError, IncompleteCacheError, UsageError
 from kdcache.format.arrays import ArrayLayout
-from kdcache.format.checksums import header_digest
+from kdcache.format.checksums import header_digest, rows_digest
 from kdcache.format.hdf5_parser import parse
 from kdcache.format.headers import FileHeader, parse_file_header
 from kdcache.format.manifest import ClassList, ShardRecord
@@ -139,6 +139,10 @@ def _file(path: Path) -> Catalog:
         parsed = parse(read, size, name=str(path))
         header = parse_file_header(parsed.attribute, rows=parsed.rows, where=str(path))
         header.schema.check_arrays(parsed.arrays, parsed.rows, size, where=str(path))
+        if rows_digest(read, parsed.arrays) != header.rows_blake2b:
+            raise CorruptCacheError(
+                f"{path}: its ids or row checksums are not those of its header; fetch or dump it again"
+            )
         root = header_digest(read, parsed.arrays, size)
     finally:
         os.close(fd)

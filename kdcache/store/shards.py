@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from kdcache.format.arrays import ArrayLayout
-from kdcache.format.checksums import header_digest, row_crcs
+from kdcache.format.checksums import header_digest, row_crcs, rows_digest
 from kdcache.format.hdf5_header import FileLayout, build_layout
 from kdcache.format.manifest import ShardRecord
 from kdcache.format.schema import CRC_ARRAY, RowSchema
@@ -101,11 +102,12 @@ class ContainerWriter:
         self._sync()
         return self._hash.hexdigest(), digest
 
-    def finish_with_payload_hash(self, header_of: Callable[[str], str]) -> str:
-        """Ends a one-file cache (`hash_file=False`): writes the header again, now with the payload's sha256.
+    def finish_with_digests(self, header_of: Callable[[str, str], str]) -> str:
+        """Ends a one-file cache (`hash_file=False`): writes the header again, now with the digests of its rows.
 
         Args:
-            header_of: from the payload's sha256 to the attribute text, of the same length as before.
+            header_of: from the payload's sha256 and the rows' digest to the attribute text, of the same length as
+                before.
 
         Returns:
             The header digest, which is the root hash of a one-file cache.
@@ -113,7 +115,7 @@ class ContainerWriter:
         for array in self._layout.arrays.values():
             if array is not self._first:
                 self._hash_file(array.offset, array.stop)
-        text = header_of(self._hash.hexdigest())
+        text = header_of(self._hash.hexdigest(), rows_digest(self._read, self._layout.arrays))
         layout = build_layout(self._schema.specs, self._rows, text)
         if layout.arrays != self._layout.arrays or layout.size != self._layout.size:
             raise AssertionError("a header of equal length moved the arrays")
@@ -233,10 +235,27 @@ def file_sha256(read: Callable[[int, int], bytes], size: int) -> str:
     return state.hexdigest()
 
 
-def remove_temporaries(folder: Path, name: str = "") -> None:
-    """Removes temporary files of `name` (all, if empty) that a killed process left; hold the lock first."""
-    prefix = f"{TEMPORARY_PREFIX}{name}-" if name else TEMPORARY_PREFIX
+def remove_temporaries(folder: Path, name: str = "", *, of_the_dead: bool = False) -> None:
+    """Removes temporary files that a killed process left.
+
+    Args:
+        folder: where they are.
+        name: the final name of the file; any if empty.
+        of_the_dead: leave those whose process is alive on this machine. Where False, the caller holds a lock.
+    """
+    pattern = re.compile(rf"{re.escape(TEMPORARY_PREFIX + name)}{'' if name else '.*'}-(\d+)-[0-9a-f]{{8}}")
     with posix.translated("clean", folder), contextlib.suppress(FileNotFoundError):
         for found in os.listdir(folder):
-            if found.startswith(prefix):
+            match = pattern.fullmatch(found)
+            if match is not None and not (of_the_dead and _is_alive(int(match[1]))):
                 posix.unlink(folder / found)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True  # somebody else's
+    return True

@@ -23,20 +23,14 @@ from kdcache.format.manifest import ShardRecord
 from kdcache.format.schema import MAX_ROWS, RowSchema
 from kdcache.format.strict_json import MAX_JSON_BYTES
 from kdcache.store import posix
-from kdcache.store.dump import (
-    DumpFolder,
-    clear_dump,
-    open_dump,
-    refuse_foreign,
-    remove_dump,
-    remove_empty,
-)
+from kdcache.store.dump import DumpFolder, open_dump
 from kdcache.store.folder import MANIFEST, PLAN, read_manifest
 from kdcache.store.incoming import as_float_array, check_labels, class_list, consecutive, fit_ids, plain_provenance
 from kdcache.store.locks import FINISH
 from kdcache.store.merge import merge
 from kdcache.store.parts import read_catalog
 from kdcache.store.plan import Plan, default_shard_rows, parse_plan, plan_of_manifest
+from kdcache.store.removal import clear_dump, refuse_foreign, remove_dump, remove_empty
 from kdcache.store.shards import ContainerWriter
 from kdcache.store.versions import versions
 
@@ -230,6 +224,7 @@ class Writer:
             self._container = None
         if self._dump is not None:
             self._dump.disown()
+            self._dump.leave()
 
     @property
     def _index_in_hand(self) -> int:
@@ -313,7 +308,7 @@ class Writer:
             raise DataError(f"the sample id {show_id(next(iter(both)))} was written before; ids must be unique")
         return fresh
 
-    def _append(self, dump: DumpFolder, rows: dict[str, np.ndarray], clamped: int) -> None:
+    def _append(self, dump: DumpFolder, rows: dict[str, np.ndarray], clamped: np.ndarray) -> None:
         count = len(rows["sample_id"])
         done = 0
         while done < count:
@@ -326,7 +321,8 @@ class Writer:
             taken = len(piece["sample_id"])
             first = start + self._container.written
             positions = np.arange(first, first + taken)
-            self._container.append(piece, view=0, positions=positions, clamped=clamped if done == 0 else 0)
+            values = int(clamped[done : done + taken].sum())
+            self._container.append(piece, view=0, positions=positions, clamped=values)
             done += taken
             if self._container.written == dump.plan.shard_rows:
                 self._commit(dump)

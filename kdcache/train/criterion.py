@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from kdcache.train.loss_settings import LossSettings
-from kdcache.train.losses import loss_terms, safe_mean
+from kdcache.train.losses import loss_terms, safe_mean, sum_terms
 from kdcache.train.soft_targets import Teacher
 
 
@@ -74,8 +74,7 @@ class DistillationLoss(nn.Module):
         sample_weight: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Numerator and denominator of that mean, for a global batch; see `kdcache.losses.loss_sums`."""
-        terms, total = loss_terms(student_logits, teacher, labels, self.settings, sample_weight=sample_weight)
-        return terms.sum(), torch.as_tensor(total, dtype=terms.dtype, device=terms.device)
+        return sum_terms(student_logits, teacher, labels, self.settings, sample_weight=sample_weight)
 
     def extra_repr(self) -> str:
         """The formula, for `print(criterion)`."""

@@ -13,6 +13,9 @@ from kdcache.errors import DataError
 LABEL_KEYS = ("label", "labels", "target", "targets")
 TEACHER_KEY = "teacher"
 SAMPLE_ID_KEY = "sample_id"
+# Of a dict item, these are not inputs of a model, also where its forward has an argument of that name: a transformers
+# model that is given `labels` computes a loss of its own.
+NOT_INPUTS = frozenset({*LABEL_KEYS, TEACHER_KEY, SAMPLE_ID_KEY})
 
 
 def first_input(item: Any) -> Any:
@@ -28,9 +31,8 @@ def first_input(item: Any) -> Any:
     [1, 2]
     """
     if isinstance(item, Mapping):
-        skipped = {*LABEL_KEYS, TEACHER_KEY, SAMPLE_ID_KEY}
         for key, value in item.items():
-            if key not in skipped and not isinstance(value, (str, bytes)):
+            if key not in NOT_INPUTS and not isinstance(value, (str, bytes)):
                 return value
         raise DataError(f"no input among the keys of this item: {', '.join(map(str, item))}")
     if isinstance(item, (tuple, list)):

@@ -99,8 +99,7 @@ def loss_sums(
         of the w_i that count, a scalar without. Sum both over the global batch, then `safe_mean`.
     """
     settings = LossSettings(alpha, temperature, student_temperature, label_smoothing)
-    terms, total = loss_terms(student_logits, teacher_logits, labels, settings, sample_weight=sample_weight)
-    return terms.sum(), torch.as_tensor(total, dtype=terms.dtype, device=terms.device)
+    return sum_terms(student_logits, teacher_logits, labels, settings, sample_weight=sample_weight)
 
 
 def hard_target_loss(
@@ -233,6 +232,19 @@ def loss_terms(
     return _weighted_sum(student, teacher_logits, labels, settings, weights), weights.total
 
 
+def sum_terms(
+    student_logits: torch.Tensor,
+    teacher: Teacher | None,
+    labels: torch.Tensor | None,
+    settings: LossSettings,
+    *,
+    sample_weight: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`loss_sums` for settings that are checked already."""
+    terms, total = loss_terms(student_logits, teacher, labels, settings, sample_weight=sample_weight)
+    return terms.sum(), torch.as_tensor(total, dtype=terms.dtype, device=terms.device)
+
+
 def _weighted_sum(
     student: torch.Tensor,
     teacher_logits: torch.Tensor | None,
@@ -243,7 +255,7 @@ def _weighted_sum(
     """Both terms times their weights, (N, ...); a term that weighs nothing for any row is not computed."""
     terms = None
     if labels is not None and not _is_zero(weights.ce):
-        terms = cross_entropy(student, labels, label_smoothing=settings.label_smoothing) * weights.ce
+        terms = _weighted(cross_entropy(student, labels, label_smoothing=settings.label_smoothing), weights.ce)
     if teacher_logits is not None and not _is_zero(weights.kl):
         kl = soft_target_kl(
             student,
@@ -251,10 +263,17 @@ def _weighted_sum(
             temperature=settings.temperature,
             student_temperature=settings.student_divisor,
         )
-        soft = kl * (weights.kl * settings.factor)
+        soft = _weighted(kl, weights.kl * settings.factor)
         terms = soft if terms is None else terms + soft
     assert terms is not None  # the two weights are never both the number 0: they sum to 1
     return terms
+
+
+def _weighted(term: torch.Tensor, weight: torch.Tensor | float) -> torch.Tensor:
+    """term * weight, 0 where the weight is 0: a masked class can make the term infinite, and 0 * inf is NaN."""
+    if isinstance(weight, torch.Tensor):
+        term = torch.where(weight != 0, term, 0.0)
+    return term * weight
 
 
 def _check_call(

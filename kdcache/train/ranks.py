@@ -39,7 +39,8 @@ def discover(environ: Mapping[str, str] | None = None) -> Ranks:
     """The ranks that torchrun (RANK, WORLD_SIZE, LOCAL_RANK) or SLURM (SLURM_PROCID ...) announces.
 
     torchrun wins where both are set (torchrun inside a SLURM job). A variable that is missing beside the rank
-    is an error, not a guess; only the local rank may be absent, and is 0 then.
+    is an error, not a guess, but for the local rank, which is 0 then, and for SLURM_NTASKS: a batch script without
+    --ntasks has a rank (0) and no such variable, and is one process.
 
     Args:
         environ: the variables; `os.environ` if not given.
@@ -56,6 +57,8 @@ def discover(environ: Mapping[str, str] | None = None) -> Ranks:
     environ = os.environ if environ is None else environ
     for launcher, rank, world_size, local_rank in _LAUNCHERS:
         if rank in environ:
+            if world_size not in environ and launcher == "SLURM":
+                environ = {**environ, world_size: "1"}
             if world_size not in environ:
                 raise UsageError(f"{rank} is set, {world_size} is not: {launcher} sets both; unset {rank} to run alone")
             return Ranks(

@@ -40,6 +40,4 @@ def test_inspect(data: BenchData, figures: Any) -> None:
     )
     low, middle, high = statistics.quantiles(found["inspect"], n=4)
     against = f"python -c 'import numpy, h5py': {statistics.median(found['python']):.2f} s; loads {', '.join(loaded)}"
-    figures.add(
-        "kdcache inspect, folder of 64 shards", middle, "<= 0.3", unit="s", against=against, low=low, high=high
-    )
+    figures.add("kdcache inspect, folder of 64 shards", middle, "<= 0.3", unit="s", against=against, low=low, high=high)

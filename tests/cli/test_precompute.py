@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import kdcache
+from kdcache_cli.precompute import size_text, time_text
 
 FACTORIES = """
 import torch
@@ -19,6 +21,30 @@ def linear():
 
 def raising():
     raise ValueError("no such file")
+
+def nothing():
+    return None
+
+class Rows:
+    sample_ids = [1, 2, 2]
+    def __len__(self):
+        return 3
+    def __getitem__(self, index):
+        return torch.zeros(64), index
+
+class NoLength:
+    def __getitem__(self, index):
+        return torch.zeros(64), 0
+
+class Empty(Rows):
+    sample_ids = []
+    def __len__(self):
+        return 0
+
+class OutOfRange(Rows):
+    sample_ids = None
+    def __getitem__(self, index):
+        return torch.zeros(64), 10 + index
 
 def nan():
     class Nan(torch.nn.Module):
@@ -59,6 +85,68 @@ def test_the_same_command_again_has_nothing_left_to_do(run, arguments) -> None:
     assert json.loads(again.stdout)["computed"] == 0
 
 
+def test_people_read_what_was_done(run, arguments) -> None:
+    result = run(*arguments())
+    assert result.stdout.startswith("teacher.h5: 497 samples, ")
+    assert f"root hash: {kdcache.open('teacher.h5').root}" in result.stdout
+    part = run(*arguments(out="teacher/"), "--shard-rows", "100", "--shard", "0/2")
+    assert part.exit_code == 0
+    assert "not finished" in part.stdout
+
+
+def test_people_read_what_a_dump_would_cost(run, arguments) -> None:
+    result = run(*arguments(), "--dry-run", "--shard-rows", "100")
+    assert result.exit_code == 0
+    for name in ("size:", "shards:    5", "free disk:", "rows/s", "time:", "pays off:  after", "of 30 epochs"):
+        assert name in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 bytes"), (999, "999 bytes"), (31232, "31.23 kB"), (2**31, "2.147 GB"), (10**16, "1e+04 TB")],
+)
+def test_sizes_are_read_in_powers_of_a_thousand(count: int, text: str) -> None:
+    assert size_text(count) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.123, "0.123 s"), (119, "119 s"), (600, "10 min"), (9000, "2 h 30 min")]
+)
+def test_durations_are_read_in_minutes_and_hours(seconds: float, text: str) -> None:
+    assert time_text(seconds) == text
+
+
+def test_a_package_that_is_not_installed_names_the_extra(run, arguments, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "photos" / "cat").mkdir(parents=True)
+    (tmp_path / "photos" / "cat" / "1.png").write_bytes(b"")
+    for name in [name for name in sys.modules if name == "PIL" or name.startswith("PIL.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    result = run(*arguments()[:3], "--data", "folder:photos", "--out", "teacher.h5")
+    assert result.exit_code == 2
+    assert 'pip install "kdcache[vision]"' in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("data", "exit_code", "message"),
+    [
+        ("NoLength", 1, "add __len__"),
+        ("Empty", 1, "needs at least one"),
+        ("Rows", 1, "sample id 2 occurs 2 times"),
+        ("OutOfRange", 1, "sample 0 has label 10, expected 0 to 9"),
+        ("nothing", 2, "returned None"),
+        ("raising", 1, "no such file"),
+    ],
+)
+def test_data_that_cannot_be_dumped_is_described(run, arguments, data: str, exit_code: int, message: str) -> None:
+    given = arguments()
+    given[given.index("--data") + 1] = given[given.index("--teacher") + 1].replace("linear", data)
+    result = run(*given)
+    assert result.exit_code == exit_code, result.stderr
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
 def test_a_dry_run_reports_the_cost_and_writes_nothing(run, arguments, tmp_path: Path) -> None:
     before = sorted(tmp_path.rglob("*.h5*"))
     result = run(*arguments(), "--dry-run", "--json")
@@ -77,6 +165,8 @@ def test_a_dry_run_reports_the_cost_and_writes_nothing(run, arguments, tmp_path:
         ({"--shard": "4/4"}, 2, "--shard"),
         ({"--limit": "0"}, 2, "--limit"),
         ({"--device": "abacus"}, 2, "--device"),
+        ({"--teacher": "digits:train"}, 2, "digits"),
+        ({"--teacher": "kdcache.version:__version__"}, 2, "expected a function or a class"),
     ],
 )
 def test_what_cannot_be_meant_is_a_usage_error_that_names_it(
@@ -90,7 +180,7 @@ def test_what_cannot_be_meant_is_a_usage_error_that_names_it(
     assert "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize(("factory", "message"), [("raising", "no such file"), ("nan", "NaN")])
+@pytest.mark.parametrize(("factory", "message"), [("raising", "no such file"), ("nan", "sample 1300 hold NaN")])
 def test_a_teacher_that_fails_exits_with_1_and_the_reason(run, arguments, factory: str, message: str) -> None:
     result = run(*arguments(factory))
     assert result.exit_code == 1
@@ -102,3 +192,9 @@ def test_another_dtype_on_a_path_that_holds_a_cache_is_a_mismatch(run, arguments
     result = run(*arguments(out="teacher/"), "--dtype", "float32")
     assert result.exit_code == 5
     assert "float32" in result.stderr
+
+
+def test_a_factory_that_returns_no_module_is_a_usage_error(run, arguments) -> None:
+    result = run(*arguments("nothing"))
+    assert result.exit_code == 2
+    assert "expected an nn.Module" in result.stderr

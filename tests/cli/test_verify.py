@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 import kdcache
 
 
@@ -38,3 +40,58 @@ def test_another_root_hash_is_a_mismatch(run, folder: Path) -> None:
     root = kdcache.open(folder).root
     assert run("verify", folder, "--expect-root", root).exit_code == 0
     assert run("verify", folder, "--expect-root", "0" * 64).exit_code == 5
+
+
+FACTORIES = """
+import torch
+
+def first():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+
+def second():
+    torch.manual_seed(1)
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+"""
+
+
+@pytest.fixture
+def factories(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a module of teachers, of which `first` is in teacher.h5."""
+    name = f"teachers_{tmp_path.name.replace('-', '_')}"
+    (tmp_path / f"{name}.py").write_text(FACTORIES)
+    monkeypatch.chdir(tmp_path)
+    assert (
+        run("precompute", "--teacher", f"{name}:first", "--data", "digits:test", "--out", "teacher.h5").exit_code == 0
+    )
+    return name
+
+
+def test_the_teacher_of_a_cache_passes_with_its_data(run, factories: str) -> None:
+    result = run("verify", "teacher.h5", "--teacher", f"{factories}:first", "--data", "digits:test", "--json")
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["ok"]
+    assert report["teacher"]["rows"] == 64
+    assert report["teacher"]["same_weights"]
+
+
+@pytest.mark.parametrize(
+    ("teacher", "data", "message"),
+    [
+        ("second", "digits:test", "this is another teacher"),
+        ("first", "digits:train", "lacks 64 of the 64 samples"),
+    ],
+)
+def test_another_teacher_or_other_data_is_a_mismatch(
+    run, factories: str, teacher: str, data: str, message: str
+) -> None:
+    result = run("verify", "teacher.h5", "--teacher", f"{factories}:{teacher}", "--data", data)
+    assert result.exit_code == 5
+    assert message in result.stderr
+
+
+def test_a_teacher_without_data_is_a_usage_error(run, folder: Path) -> None:
+    result = run("verify", folder, "--teacher", "networks:wide")
+    assert result.exit_code == 2
+    assert "--data" in result.stderr

@@ -63,7 +63,7 @@ def test_masked_classes_stay_masked(dtype: str) -> None:
     encoding = Encoding(dtype, (5,))
     encoded = encode(encoding, logits)
     np.testing.assert_array_equal(decode(encoding, encoded.arrays), logits)
-    assert encoded.clamped == 0
+    assert encoded.clamped.sum() == 0
 
 
 @pytest.mark.parametrize("encoding", [HALF, FULL])
@@ -88,7 +88,7 @@ def test_one_bad_position_of_a_dense_prediction_makes_the_row_bad() -> None:
 def test_values_far_below_the_maximum_are_clamped_and_counted() -> None:
     logits = np.array([[0, -65504, -65505, -1e30, -np.inf], [3e38, -3e38, 0, 3e38, 1]], np.float32)
     encoded = encode(HALF, logits)
-    assert encoded.clamped == 5
+    assert encoded.clamped.sum() == 5
     assert encoded.arrays["logits"][0].tolist() == [0, -65504, -65504, -65504, -np.inf]
     assert encoded.arrays["logits"][1].tolist() == [0, -65504, -65504, 0, -65504]
 
@@ -97,7 +97,7 @@ def test_values_far_below_the_maximum_are_clamped_and_counted() -> None:
 def test_a_float64_below_the_float32_range_is_clamped_and_not_masked(encoding: Encoding, lowest: float) -> None:
     encoded = encode(encoding, np.array([[0, -1e300, -np.inf, 0, 0]]))
     assert encoded.arrays["logits"][0].tolist() == [0, lowest, -np.inf, 0, 0]
-    assert encoded.clamped == 1
+    assert encoded.clamped.sum() == 1
 
 
 def test_a_float64_above_the_float32_range_is_refused() -> None:
@@ -149,7 +149,7 @@ def test_any_storable_row_comes_back_within_half_a_unit_of_float16(logits: np.nd
     room = depth * 2.0**-11 + np.abs(logits.max(axis=1, keepdims=True)) * 2.0**-22 + 2.0**-24
     assert (np.abs(np.where(masked, 0, back - np.where(masked, 0, logits))) <= room)[~masked].all()
     assert (encoded.arrays["logits"].max(axis=1) == 0).all()
-    assert encoded.clamped == 0
+    assert encoded.clamped.sum() == 0
 
 
 @given(hnp.arrays(np.float32, (4, 3), elements=st.floats(width=32, allow_nan=False)))

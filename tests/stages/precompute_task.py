@@ -78,7 +78,9 @@ def dump(options: dict[str, Any], environment: dict[str, str]) -> None:
     """One process of a dump, in a session of its own; exits as the command would."""
     os.setsid()
     os.environ.update(environment)
-    multiprocessing.set_start_method("fork", force=True)  # else its DataLoader workers would import torch again, 2 s each
+    multiprocessing.set_start_method(
+        "fork", force=True
+    )  # else its DataLoader workers would import torch again, 2 s each
     torch.set_num_threads(1)
     from kdcache.errors import KDCacheError
     from kdcache.stages.precompute import precompute

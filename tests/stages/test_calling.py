@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kdcache.errors import DataError, KDCacheError, LogitsError, UsageError
-from kdcache.stages.calling import call_model
+from kdcache.stages.calling import call_model, move_to_device
 
 X = torch.arange(6.0).reshape(3, 2)
 
@@ -50,7 +50,7 @@ def test_of_a_dict_those_keys_are_passed_that_forward_names() -> None:
 
 
 def test_a_forward_that_takes_everything_gets_no_labels_ids_or_teacher_rows() -> None:
-    batch = {"a": X, "b": X, "label": 1, "labels": 1, "sample_id": 1, "teacher": 1}
+    batch = {"a": X, "b": X, "sample_id": 1, "teacher": 1, **dict.fromkeys(("label", "labels", "target", "targets"), 1)}
     assert torch.equal(call_model(AnyKeys(), batch), X)
 
 
@@ -61,11 +61,25 @@ def test_a_dict_without_the_keys_is_a_usage_error_that_names_them(batch: dict[st
 
 
 def test_an_empty_tuple_is_a_data_error() -> None:
-    with pytest.raises(DataError, match="empty tuple"):
+    with pytest.raises(DataError, match="item of the data set is empty"):
         call_model(nn.Identity(), ())
 
 
+def test_a_model_that_fails_on_a_dict_is_quoted_with_its_keys() -> None:
+    with pytest.raises(KDCacheError, match="teacher failed on items with the keys label, a: AssertionError"):
+        call_model(AnyKeys(), {"label": 1, "a": X}, what="teacher")
+
+
 Pair = namedtuple("Pair", "features scores")
+
+
+def test_tensors_move_to_a_device_in_whatever_holds_them() -> None:
+    moved = move_to_device({"a": [X, (X, "text")], "b": Pair(X, None)}, torch.device("meta"))
+    assert moved["a"][0].is_meta
+    assert moved["a"][1][0].is_meta
+    assert moved["a"][1][1] == "text"
+    assert isinstance(moved["b"], Pair)
+    assert moved["b"].features.is_meta
 
 
 @pytest.mark.parametrize(

@@ -230,7 +230,7 @@ def test_metrics_record_and_weights_are_written(toy: Any, tmp_path: Path) -> Non
     lines = read_lines(out)
     assert [line["step"] for line in lines if line["event"] == "train"] == [5, 10, 14]
     assert [line["step"] for line in lines if line["event"] == "eval"] == [6, 12, 14]
-    assert {"step", "epoch", "loss", "ce", "kd", "lr", "images_per_second"} <= set(lines[0])
+    assert {"step", "epoch", "loss", "ce", "kd", "lr", "rows_per_second"} <= set(lines[0])
     evaluated = [line for line in lines if line["event"] == "eval"]
     best = max(evaluated, key=lambda line: line["val_accuracy"])
     assert result.best["step"] == best["step"]

@@ -118,6 +118,20 @@ def test_a_metrics_file_is_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
     assert [(line["step"], line["loss"]) for line in lines] == [(1, 0.5), (2, 0.3)]
 
 
+def test_a_metrics_file_that_cannot_be_opened_or_written_is_a_storage_error(tmp_path: Path) -> None:
+    (tmp_path / "taken" / "metrics.jsonl").mkdir(parents=True)
+    with pytest.raises(StorageError, match=r"could not open .*metrics\.jsonl"):
+        MetricsLog(tmp_path / "taken")
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    log = MetricsLog(tmp_path)
+    with pytest.raises(StorageError, match=r"could not write .*metrics\.jsonl: .* the disk is full"):
+        log.write({"step": 1, "event": "train", "loss": 0.5})
+    with pytest.raises(StorageError, match="the disk is full"):
+        log.sync()
+    with pytest.raises(StorageError, match="the disk is full"):
+        log.close()
+
+
 def test_defaults_follow_the_optimiser() -> None:
     assert resolve(DistillOptions()).lr == 0.1
     assert resolve(DistillOptions(optimizer="adamw")).lr == 0.001

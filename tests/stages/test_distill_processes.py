@@ -83,7 +83,7 @@ def lines(folder: str | None) -> list[dict[str, Any]]:
     assert folder is not None
     text = (Path(folder) / "metrics.jsonl").read_text()
     found = [json.loads(line) for line in text.splitlines()]
-    return [{key: value for key, value in line.items() if key != "images_per_second"} for line in found]
+    return [{key: value for key, value in line.items() if key != "rows_per_second"} for line in found]
 
 
 def same_run(one: RunResult, other: RunResult) -> None:

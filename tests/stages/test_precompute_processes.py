@@ -98,9 +98,7 @@ def test_torchrun_shares_the_work(dumps: Any, reference: dict[str, bytes], tmp_p
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_rank_that_dies_hangs_nobody(
-    dumps: Any, reference: dict[str, bytes], tmp_path: Path, workers: int
-) -> None:
+def test_a_rank_that_dies_hangs_nobody(dumps: Any, reference: dict[str, bytes], tmp_path: Path, workers: int) -> None:
     from precompute_runs import contents, exit_codes
 
     fate = {"TASK_SIGNAL": "SIGKILL", "TASK_TARGET": "main", "TASK_AT": "100", "TASK_ONCE": str(tmp_path / "once")}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,11 @@ from kdcache.errors import CorruptCacheError, IncompleteCacheError, MismatchErro
 from kdcache.format.encodings import Encoding, encode
 from kdcache.format.manifest import ClassList
 from kdcache.format.schema import RowSchema
-from kdcache.store.dump import DumpFolder, open_dump, refuse_foreign, remove_dump, remove_empty, utc_now
+from kdcache.store.dump import DumpFolder, open_dump, utc_now
 from kdcache.store.folder import read_manifest
 from kdcache.store.incoming import consecutive
-from kdcache.store.plan import Plan
+from kdcache.store.plan import Plan, parse_plan
+from kdcache.store.removal import refuse_foreign, remove_dump, remove_empty
 from kdcache.store.verify import verify
 
 ENCODING = Encoding("float16", (3,))
@@ -68,10 +71,10 @@ def test_a_claim_clears_what_a_dead_process_left(tmp_path: Path) -> None:
     container, _ = fill(dump, 0)
     assert container.publish()  # published, and then the process died before its commit record
     shards = tmp_path / "x" / "shards"
-    (shards / ".tmp-v000-00000.h5-99-ab").write_bytes(b"half")
-    (shards / ".tmp-v000-00001.h5-99-ab").write_bytes(b"another process is at it")
+    (shards / ".tmp-v000-00000.h5-99-0123abcd").write_bytes(b"half")
+    (shards / ".tmp-v000-00001.h5-99-0123abcd").write_bytes(b"another process is at it")
     assert dump.claim(0, 0)
-    assert os.listdir(shards) == [".tmp-v000-00001.h5-99-ab"]
+    assert os.listdir(shards) == [".tmp-v000-00001.h5-99-0123abcd"]
     commit(dump, 0)
 
 
@@ -106,7 +109,7 @@ def test_a_damaged_commit_record_is_corrupt(tmp_path: Path) -> None:
 
 def test_another_plan_on_the_same_folder_is_refused(tmp_path: Path) -> None:
     open_dump(tmp_path / "x", PLAN)
-    open_dump(tmp_path / "x", replace(PLAN))
+    commit(open_dump(tmp_path / "x", replace(PLAN)), 0)
     with pytest.raises(MismatchError, match="shard_rows is 4 there and 5"):
         open_dump(tmp_path / "x", replace(PLAN, shard_rows=5))
 
@@ -118,7 +121,12 @@ def test_leftovers_of_a_finished_dump_are_cleared_when_it_is_joined(tmp_path: Pa
     records = dump.all_records()
     assert records is not None
     dump.finish(records, samples=10)
-    for name in ("plan.json", "shards/v000-00000.json", "shards/.tmp-v000-00001.h5-1-a", ".tmp-manifest.json-1-a"):
+    for name in (
+        "plan.json",
+        "shards/v000-00000.json",
+        "shards/.tmp-v000-00001.h5-1-0123abcd",
+        ".tmp-manifest.json-1-0123abcd",
+    ):
         (tmp_path / "x" / name).write_bytes(b"left")
     open_dump(tmp_path / "x", PLAN)
     assert sorted(os.listdir(tmp_path / "x")) == [".lock", "manifest.json", "shards"]
@@ -163,3 +171,54 @@ def test_the_date_can_be_fixed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert utc_now() == "1970-01-01T00:00:00Z"
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "yesterday")
     assert utc_now() > "2024"
+
+
+def test_the_plan_of_a_first_try_that_stored_nothing_is_replaced(tmp_path: Path) -> None:
+    open_dump(tmp_path / "x", PLAN).leave()
+    dump = open_dump(tmp_path / "x", replace(PLAN, shard_rows=5))
+    assert parse_plan((tmp_path / "x" / "plan.json").read_bytes(), where="x") == dump.plan
+
+
+def test_the_plan_that_another_process_works_by_is_not_replaced(tmp_path: Path) -> None:
+    code = (
+        "import sys, pathlib; from kdcache.store.dump import open_dump; from kdcache.store.plan import parse_plan\n"
+        "folder = pathlib.Path(sys.argv[1]); plan = parse_plan((folder / 'plan.json').read_bytes(), where='plan')\n"
+        "open_dump(folder, plan); print('in', flush=True); sys.stdin.read()"
+    )
+    open_dump(tmp_path / "x", PLAN).leave()
+    with subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path / "x"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"in\n"
+        with pytest.raises(MismatchError, match="shard_rows is 4 there and 5"):
+            open_dump(tmp_path / "x", replace(PLAN, shard_rows=5))
+        other.communicate(b"")
+    open_dump(tmp_path / "x", replace(PLAN, shard_rows=5))
+
+
+def test_shards_without_manifest_and_plan_are_never_taken_for_those_of_a_new_dump(tmp_path: Path) -> None:
+    commit(open_dump(tmp_path / "x", PLAN), 0)
+    (tmp_path / "x" / "plan.json").unlink()
+    with pytest.raises(IncompleteCacheError, match="neither manifest"):
+        open_dump(tmp_path / "x", PLAN)
+
+
+@pytest.mark.parametrize("damage", ["deleted", "cut"])
+def test_a_finished_dump_whose_shard_is_gone_is_reopened_for_that_shard_alone(tmp_path: Path, damage: str) -> None:
+    dump = open_dump(tmp_path / "x", PLAN)
+    for index in range(3):
+        commit(dump, index)
+    root = dump.finish(dump.all_records() or [], samples=10).root
+    shard = tmp_path / "x" / "shards" / "v000-00001.h5"
+    if damage == "cut":
+        content = shard.read_bytes()
+        shard.unlink()
+        shard.write_bytes(content[:-1])
+    else:
+        shard.unlink()
+    again = open_dump(tmp_path / "x", PLAN)
+    assert not again.finished
+    assert [again.claim(0, index) for index in range(3)] == [False, True, False]
+    commit(again, 1)
+    assert again.finish(again.all_records() or [], samples=10).root == root

@@ -122,7 +122,7 @@ def test_a_container_that_is_not_full_is_never_finished(tmp_path: Path, rows: di
 
 
 def test_only_temporary_files_of_that_name_are_removed(tmp_path: Path) -> None:
-    names = [".tmp-a.h5-1-x", ".tmp-a.h5.bak-1-x", ".tmp-b.h5-1-x", "a.h5", "tmp-a.h5"]
+    names = [".tmp-a.h5-1-0123abcd", ".tmp-a.h5.bak-1-0123abcd", ".tmp-b.h5-1-0123abcd", "a.h5", "tmp-a.h5"]
     for name in names:
         (tmp_path / name).write_bytes(b"")
     remove_temporaries(tmp_path, "a.h5")

@@ -6,7 +6,7 @@ from types import MappingProxyType
 import pytest
 
 from kdcache.errors import DataError
-from kdcache.train.items import first_input, label_of, load_items, with_part
+from kdcache.train.items import NOT_INPUTS, first_input, label_of, load_items, with_part
 
 Pair = namedtuple("Pair", "x y")
 
@@ -28,6 +28,13 @@ def test_the_label_is_the_second_part_or_the_value_of_a_label_key() -> None:
     assert label_of({"x": 1, "labels": 4}) == 4
     assert label_of({"x": 1}) is None
     assert label_of(1) is None
+
+
+def test_everything_that_is_read_as_a_label_is_not_an_input() -> None:
+    for key in ("label", "labels", "target", "targets"):
+        assert label_of({"x": 1, key: 2}) == 2
+        assert key in NOT_INPUTS
+    assert {"teacher", "sample_id"} <= NOT_INPUTS
 
 
 def test_a_part_is_added_without_changing_the_item() -> None:

@@ -261,6 +261,32 @@ def test_masked_teacher_classes_add_nothing(masked_student: bool) -> None:
     assert (v.grad[:, :4] != 0).all()  # type: ignore[index]
 
 
+@pytest.mark.parametrize("alpha", [0.5, 1.0])
+def test_a_term_that_weighs_nothing_adds_nothing_where_a_masked_class_makes_it_infinite(alpha: float) -> None:
+    student, teacher, labels = batch(5, 6)
+    student[:, 5] = teacher[:, 5] = -np.inf
+    labels[:] = 0
+    labels[:2] = -1, 5 if alpha == 1 else -1  # the CE of row 1 is infinite, and weighs nothing at alpha = 1
+    has_teacher = np.array([True, True, True, False, False])  # rows 3 and 4 have no teacher, and infinite KL to zeros
+    expected = twin_sums(student, teacher.astype("f4"), labels, alpha=alpha, temperature=2.0, has_teacher=has_teacher)
+    v = tensor(student).requires_grad_()
+    settings: dict[str, Any] = {"alpha": alpha, "temperature": 2.0}
+    sums = loss_sums(v, cached(teacher, has_teacher), tensor(labels, torch.int64), **settings)
+    assert [value.item() for value in sums] == pytest.approx(expected, rel=1e-12)
+    sums[0].backward()
+    assert torch.isfinite(v.grad).all()  # type: ignore[arg-type]
+
+
+def test_a_sample_weight_of_0_silences_an_infinite_term() -> None:
+    v = torch.tensor([[0.0, 1.0, -torch.inf], [0.0, 1.0, -torch.inf]], requires_grad=True)
+    settings: dict[str, Any] = {"alpha": 0.0, "temperature": 1.0}
+    weight, labels = torch.tensor([1.0, 0.0]), torch.tensor([0, 2])
+    loss = kd_loss(v, None, labels, sample_weight=weight, **settings)
+    assert loss == kd_loss(v[:1], None, labels[:1], **settings)
+    loss.backward()
+    assert torch.isfinite(v.grad).all()  # type: ignore[arg-type]
+
+
 def test_extreme_logits_stay_finite() -> None:
     v = torch.tensor([[200.0, 0.0, -200.0]], requires_grad=True)
     loss = kd_loss(v, torch.tensor([[-300.0, 0.0, 300.0]]), torch.tensor([2]), alpha=0.5, temperature=1.0)

@@ -23,6 +23,12 @@ def test_torchrun_inside_a_slurm_job_wins() -> None:
     assert discover({**SLURM, "RANK": "0", "WORLD_SIZE": "2"}) == Ranks(0, 2, 0, "torchrun")
 
 
+def test_a_batch_script_of_slurm_without_ntasks_is_one_process() -> None:
+    assert discover({"SLURM_PROCID": "0", "SLURM_LOCALID": "0"}) == Ranks(0, 1, 0, "SLURM")
+    with pytest.raises(UsageError, match="rank 3 of 1"):
+        discover({"SLURM_PROCID": "3"})
+
+
 @pytest.mark.parametrize(
     ("environ", "message"),
     [

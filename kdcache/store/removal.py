@@ -1,0 +1,85 @@
+"""What may be replaced, and how it is removed: only caches and dumps, never a file that is not ours."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from pathlib import Path
+
+from kdcache.errors import MismatchError, UsageError
+from kdcache.format.manifest import CLASSES_FILE, SHARD_NAME
+from kdcache.store import posix
+from kdcache.store.folder import MANIFEST, PLAN, SHARDS
+from kdcache.store.locks import lock_file
+from kdcache.store.shards import TEMPORARY_PREFIX, remove_temporaries
+
+_IN_SHARDS = re.compile(rf"{SHARD_NAME.pattern[:-2]}(h5|json)|\.tmp-.*")
+_OURS = {MANIFEST, PLAN, SHARDS, ".lock", "README.md", CLASSES_FILE}
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Refuses a path that is not a folder, or a folder with files that are not a dump's.
+
+    Raises:
+        UsageError: naming the first foreign entry.
+    """
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise UsageError(f"{folder} exists and is not a folder; choose another --out")
+    with posix.translated("read", folder):
+        names = set(os.listdir(folder))
+        shards = os.listdir(folder / SHARDS) if (folder / SHARDS).is_dir() else []
+    foreign = sorted(n for n in names - _OURS if not n.startswith(TEMPORARY_PREFIX))
+    foreign += sorted(f"{SHARDS}/{n}" for n in shards if not _IN_SHARDS.fullmatch(n))
+    if names and not names & {MANIFEST, PLAN, SHARDS, ".lock"}:
+        foreign = sorted(names)  # a README.md alone is somebody's
+    if foreign:
+        raise UsageError(
+            f"{folder} exists and holds {foreign[0]!r}, which is not part of a cache; choose another or an empty --out"
+        )
+
+
+def remove_dump(folder: Path) -> None:
+    """Removes a cache or a dump in progress (`--overwrite`); the manifest goes first.
+
+    Raises:
+        UsageError: the folder holds something else, which is never removed.
+        MismatchError: another process works on it.
+    """
+    refuse_foreign(folder)
+    if not folder.exists():
+        return
+    locks = lock_file(folder)
+    with posix.translated("lock", folder):
+        if not locks.try_lock_all():
+            raise MismatchError(f"{folder} is in use by process {locks.holder(0, 0)}; wait for it or stop it")
+    try:
+        clear_dump(folder)
+    finally:
+        locks.unlock_all()
+
+
+def clear_dump(folder: Path) -> None:
+    """Removes the files of a dump, as far as they are there; the caller holds the lock FINISH."""
+    remove_temporaries(folder)
+    with posix.translated("remove", folder), contextlib.suppress(FileNotFoundError):
+        # The plan goes last: shards and records without one could be taken for those of the next plan.
+        for name in (MANIFEST, "README.md", CLASSES_FILE):
+            posix.unlink(folder / name)
+        posix.fsync_folder(folder)
+        if (folder / SHARDS).is_dir():
+            for name in sorted(os.listdir(folder / SHARDS), key=lambda n: not n.endswith(".json")):
+                posix.unlink(folder / SHARDS / name)
+            posix.fsync_folder(folder / SHARDS)
+        posix.unlink(folder / PLAN)
+        posix.fsync_folder(folder)
+
+
+def remove_empty(folder: Path) -> None:
+    """Removes a dump folder that `clear_dump` has emptied; whatever else is in it stays."""
+    with contextlib.suppress(OSError):
+        (folder / SHARDS).rmdir()
+        (folder / ".lock").unlink()
+        folder.rmdir()
