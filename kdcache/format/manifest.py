@@ -22,6 +22,7 @@ from kdcache.format.strict_json import load_json
 CLASSES_FILE = "classes.json"
 MAX_INLINE_NAMES_BYTES = 65_536
 SHARD_NAME = re.compile(r"v\d{3,5}-\d{5,9}\.h5")
+_OBJECTS = ("teacher", "data", "precision", "versions")
 HEX64 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -165,7 +166,7 @@ def parse_manifest(text: bytes, *, where: str) -> Manifest:
     if not isinstance(shards, list):
         raise CorruptCacheError(f"{where}: shards must be a list")
     records = tuple(parse_shard(s, schema, where=f"{where}, shard {i}") for i, s in enumerate(shards))
-    _check_ranges(records, tuple(views), samples, where=where)
+    _check_ranges(records, tuple(views), samples, shard_rows, where=where)
     provenance = parse_provenance(value.get("provenance"), where=where)
     created, predecessor = value.get("created"), value.get("predecessor")
     if created is not None and not isinstance(created, str):
@@ -195,10 +196,10 @@ def parse_provenance(value: Any, *, where: str) -> dict[str, Any]:
     """The provenance of a header or manifest.
 
     Raises:
-        CorruptCacheError: it, or its part about the teacher or the data, is not an object.
+        CorruptCacheError: it, or a part of it that must be one, is not an object.
     """
-    if not isinstance(value, dict) or not all(isinstance(value.get(k, {}), dict) for k in ("teacher", "data")):
-        raise CorruptCacheError(f"{where}: provenance, and teacher and data in it, must be objects")
+    if not isinstance(value, dict) or not all(isinstance(value.get(k, {}), dict) for k in _OBJECTS):
+        raise CorruptCacheError(f"{where}: provenance, and {', '.join(_OBJECTS)} in it, must be objects")
     return value
 
 
@@ -292,8 +293,10 @@ def _parse_arrays(value: Any, *, where: str) -> dict[str, ArrayLayout]:
     return arrays
 
 
-def _check_ranges(records: tuple[ShardRecord, ...], views: tuple[int, ...], samples: int, *, where: str) -> None:
-    """Every view's shards must tile [0, samples) in order, with no name twice."""
+def _check_ranges(
+    records: tuple[ShardRecord, ...], views: tuple[int, ...], samples: int, shard_rows: int, *, where: str
+) -> None:
+    """Every view's shards must tile [0, samples) in order, all but the last with `shard_rows`, with no name twice."""
     if len({r.file for r in records}) != len(records):
         raise CorruptCacheError(f"{where}: a shard is listed twice")
     expected = {v: 0 for v in views}
@@ -305,6 +308,8 @@ def _check_ranges(records: tuple[ShardRecord, ...], views: tuple[int, ...], samp
                 f"{where}: shard {record.file} starts at sample {record.start} of view {record.view}, "
                 f"expected {expected.get(record.view)}"
             )
+        if record.stop != min(record.start + shard_rows, samples):
+            raise CorruptCacheError(f"{where}: shard {record.file} has {record.rows} rows, shards have {shard_rows}")
         expected[record.view] = record.stop
     for view, stop in expected.items():
         if stop != samples:

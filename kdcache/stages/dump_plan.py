@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from kdcache.errors import DataError, IncompleteCacheError, LogitsError, StorageError, UsageError
 from kdcache.format.encodings import Encoding
+from kdcache.format.hdf5_header import build_layout
+from kdcache.format.headers import shard_header
 from kdcache.format.identity import ids_sha256
 from kdcache.format.manifest import ClassList
 from kdcache.format.schema import RowSchema
@@ -191,8 +193,18 @@ def check_logits(logits: Tensor, *, rows: int) -> tuple[int, ...]:
 
 
 def planned_bytes(plan: Plan) -> int:
-    """Bytes of all shards, up to padding."""
-    return plan.schema.row_bytes * (plan.samples or 0) * len(plan.views) + plan.shard_count * 64 * 1024
+    """Bytes of all shards, exactly."""
+    sizes: dict[tuple[int, int], int] = {}
+    total = 0
+    for number in range(plan.shard_count):
+        view, start, stop = plan.span(number)
+        teacher = plan.provenance.get("teacher", {})
+        header = shard_header(plan.schema, plan.classes, teacher, view=view, start=start, stop=stop)
+        key = (stop - start, len(header))
+        if key not in sizes:
+            sizes[key] = build_layout(plan.schema.specs, stop - start, header).size
+        total += sizes[key]
+    return total
 
 
 def check_disk(out: Path, needed: int) -> int:

@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from kdcache.errors import KDCacheError
 from kdcache.stages.tensorboard_events import EventFile
 from kdcache.store.posix import translated
 
@@ -37,13 +38,17 @@ class MetricsLog:
         self._events: EventFile | None = None
         if folder is None:
             return
-        if tensorboard:
-            self._events = EventFile(folder / TENSORBOARD_NAME, step=step)
         self._path = folder / METRICS_NAME
-        with translated("open", self._path):
-            self._file = self._path.open("ab")
-            if self._file.tell() > keep_bytes:
-                self._file.truncate(keep_bytes)
+        try:
+            with translated("open", self._path):
+                self._file = self._path.open("ab")
+                if self._file.tell() > keep_bytes:
+                    self._file.truncate(keep_bytes)
+            if tensorboard:
+                self._events = EventFile(folder / TENSORBOARD_NAME, step=step)
+        except KDCacheError:
+            self.close()
+            raise
 
     def write(self, record: dict[str, Any]) -> None:
         """Appends one line; keys `step` and `event` are expected, numbers must be finite."""
@@ -67,8 +72,10 @@ class MetricsLog:
 
     def close(self) -> None:
         """Closes what is open; harmless when repeated."""
-        if self._file is not None:
-            with translated("write", self._path):
-                self._file.close()
-        if self._events is not None:
-            self._events.close()
+        try:
+            if self._file is not None:
+                with translated("write", self._path):
+                    self._file.close()
+        finally:
+            if self._events is not None:
+                self._events.close()

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kdcache.errors import IncompleteCacheError, InterruptedRunError, StorageError, UsageError
+from kdcache.errors import IncompleteCacheError, InterruptedRunError, KDCacheError, StorageError, UsageError
 from kdcache.format.headers import FileHeader
 from kdcache.stages.devices import pick_device, torch_threads
 from kdcache.stages.dry_run import DryRun, measure
@@ -224,8 +224,10 @@ def _one_pass(dump: DumpFolder, job: Job, left: list[int], stop: StopRequest, pr
                 sink.put(EncodedBatch(shard, start, stop_at, encoded, fed.labels, fed.digests, ready))
                 computed += stop_at - start
         sink.close()
-    except BaseException:
+    except BaseException as error:
         sink.drop()
+        if isinstance(error, KDCacheError):
+            _check_stop(stop)  # the signal may have ended a worker first, and this failed for want of it
         raise
     finally:
         for shard in held:

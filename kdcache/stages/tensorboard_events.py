@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, final
 
-from kdcache.errors import MissingExtraError
+from kdcache.errors import MissingExtraError, StorageError
 from kdcache.store.posix import translated
 
 EVENTS_PREFIX = "events.out.tfevents."  # TensorBoard looks for `tfevents`
@@ -43,7 +44,13 @@ class EventFile:
         with translated("open", self._path):
             folder.mkdir(exist_ok=True)
             self._records = RecordWriter(self._path.open("wb"))
-        self._write(Event(file_version="brain.Event:2"), Event(step=step + 1, session_log=SessionLog(status="START")))
+        try:
+            begins = Event(step=step + 1, session_log=SessionLog(status="START"))
+            self._write(Event(file_version="brain.Event:2"), begins)
+        except StorageError:
+            with suppress(StorageError):
+                self.close()
+            raise
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Adds numbers by their tags."""

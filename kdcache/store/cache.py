@@ -77,6 +77,7 @@ class Cache:
         self._guard = threading.Lock()
         self._guard_process = os.getpid()
         self._index: IdIndex | None = None
+        self._descriptors: list[weakref.finalize[Any, Any]] = []
         self._accepted: Callable[[], TeacherRows | None] = _nothing
         self._lay_out()
 
@@ -121,9 +122,11 @@ class Cache:
         self.close()
 
     def close(self) -> None:
-        """Lets the maps go; the object cannot be read afterwards."""
+        """Lets maps and descriptors go; the object cannot be read afterwards."""
         self._regions = {}
         self._index = None
+        for close_descriptor in self._descriptors:
+            close_descriptor()
 
     @property
     def catalog(self) -> Catalog:
@@ -272,10 +275,13 @@ class Cache:
 
     def stored(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """A copy of one stored array over rows [start, stop), not checked row by row (see `verify`)."""
+        spec = next((s for s in self._catalog.schema.specs if s.name == name), None)
+        if spec is None:
+            raise UsageError(f"{self.path.name} has no array {name!r}")
         rows = np.arange(start, len(self) if stop is None else stop)
-        spec = next(s for s in self._catalog.schema.specs if s.name == name)
         target = np.empty(spec.shape(len(rows)), spec.dtype)
-        self._regions[name].take(self._to_grid(rows), target)
+        grid = self._to_grid(rows)  # refuses a closed cache
+        self._regions[name].take(grid, target)
         return target
 
     def _check_range(self, rows: np.ndarray) -> np.ndarray | None:
@@ -327,11 +333,16 @@ class Cache:
             for number in needed[~self._mapped[needed]].tolist():
                 part = self._catalog.parts[number]
                 fd = open_part(part)
+                closing = weakref.finalize(self, os.close, fd)
+                closing.atexit = False
                 try:
                     for name, region in self._regions.items():
                         region.place(fd, part.arrays[name].offset, int(self._grid_starts[number]), part.rows)
                 finally:
-                    os.close(fd)
+                    if self._access == "mmap":  # a map outlives its descriptor, pread needs it
+                        closing()
+                    else:
+                        self._descriptors.append(closing)
                 if self._expects_random:
                     self._regions[self._names[0]].expect_random(True, int(self._grid_starts[number]), part.rows)
                 self._mapped[number] = True

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from kdcache.errors import CorruptCacheError, DataError, LogitsError, UsageError
+from kdcache.errors import CorruptCacheError, DataError, KDCacheError, LogitsError, UsageError
 from kdcache.format.encodings import label_count
 from kdcache.format.identity import canonical_json, show_id
 from kdcache.format.manifest import ClassList, parse_provenance
@@ -24,7 +24,7 @@ def as_float_array(logits: Any) -> np.ndarray:
     if hasattr(logits, "detach"):  # a tensor, without importing torch
         tensor = logits.detach()
         logits = (tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor).cpu().numpy()
-    values = np.asarray(logits)
+    values = _as_array(logits, LogitsError, "logits")
     if values.dtype.kind != "f":
         raise LogitsError(f"logits must be floating point, found {type(logits).__name__} of {values.dtype}")
     return values
@@ -38,7 +38,7 @@ def check_labels(labels: Any, ids: np.ndarray, classes: int) -> np.ndarray | Non
     """
     if labels is None:
         return None
-    values = np.asarray(labels.detach().cpu() if hasattr(labels, "detach") else labels)
+    values = _as_array(labels.detach().cpu() if hasattr(labels, "detach") else labels, DataError, "labels")
     if values.shape != (len(ids),) or values.dtype.kind not in "iu":
         raise DataError(f"labels have shape {values.shape} and type {values.dtype}, expected ({len(ids)},) integers")
     count = label_count(classes)
@@ -49,6 +49,29 @@ def check_labels(labels: Any, ids: np.ndarray, classes: int) -> np.ndarray | Non
             f"sample {show_id(ids[first])} has label {values[first]}, expected 0 to {count - 1}, or -1 for none"
         )
     return values.astype(np.int64)
+
+
+def as_digests(digests: Any, rows: int) -> np.ndarray | None:
+    """(N,) uint64 input digests, or None where none were given.
+
+    Raises:
+        DataError: another length, or not unsigned 64-bit integers.
+    """
+    if digests is None:
+        return None
+    values = _as_array(digests.detach().cpu() if hasattr(digests, "detach") else digests, DataError, "input_digests")
+    if values.shape != (rows,) or values.dtype.kind not in "iu" or (values.dtype.kind == "i" and (values < 0).any()):
+        raise DataError(
+            f"input_digests have shape {values.shape} and type {values.dtype}, expected ({rows},) integers from 0 on"
+        )
+    return values.astype(np.uint64)
+
+
+def _as_array(values: Any, kind: type[KDCacheError], what: str) -> np.ndarray:
+    try:
+        return np.asarray(values)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise kind(f"{what} are not an array of one shape: {error}") from None
 
 
 def fit_ids(ids: np.ndarray, schema: RowSchema) -> np.ndarray:

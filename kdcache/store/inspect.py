@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from kdcache.store.folder import PLAN, SHARDS
-from kdcache.store.parts import read_catalog
+from kdcache.store.parts import Catalog, read_catalog
 
 
 def describe(path: str | Path) -> dict[str, Any]:
@@ -49,15 +49,15 @@ def describe(path: str | Path) -> dict[str, Any]:
         },
         "shards": len(catalog.shards) or 1,
         "clamped": sum(r.clamped for r in catalog.shards) if catalog.shards else None,
-        "unlisted": unlisted(where) if catalog.header is None else [],
+        "unlisted": unlisted(where, catalog) if catalog.header is None else [],
         "provenance": catalog.provenance,
         "created": catalog.created,
     }
 
 
-def unlisted(folder: Path) -> list[str]:
+def unlisted(folder: Path, catalog: Catalog) -> list[str]:
     """Names in the shards folder that the manifest does not list; readers ignore them."""
-    listed = {Path(p.path).name for p in read_catalog(folder).parts}
+    listed = {part.path.name for part in catalog.parts}
     present = (folder / SHARDS).iterdir() if (folder / SHARDS).is_dir() else ()
     found = sorted(e.name for e in present if e.name not in listed)
     return [*found, *([PLAN] if (folder / PLAN).exists() else [])]

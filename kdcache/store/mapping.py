@@ -121,14 +121,12 @@ class PreadRegion:
         self._parts: tuple[list[int], list[tuple[int, int]]] = ([], [])
 
     def place(self, fd: int, offset: int, row: int, rows: int) -> None:
-        """Remembers that `rows` rows from grid row `row` on lie at `offset` of the file `fd`."""
+        """Remembers that `rows` rows from grid row `row` on lie at `offset` of the file `fd`, which stays open."""
         del rows
-        duplicate = os.dup(fd)
-        weakref.finalize(self, os.close, duplicate).atexit = False
         starts, parts = self._parts
         at = bisect.bisect(starts, row)
         # One assignment, since other threads may be reading.
-        self._parts = ([*starts[:at], row, *starts[at:]], [*parts[:at], (duplicate, offset), *parts[at:]])
+        self._parts = ([*starts[:at], row, *starts[at:]], [*parts[:at], (fd, offset), *parts[at:]])
 
     def take(self, rows: np.ndarray, out: np.ndarray) -> None:
         """Copies the grid rows `rows` (n,) into `out` (n, ...), which is C-contiguous."""
@@ -139,7 +137,11 @@ class PreadRegion:
             part = bisect.bisect_right(starts, row) - 1
             fd, offset = parts[part]
             at = offset + (row - starts[part]) * width
-            if os.preadv(fd, [target[i * width : (i + 1) * width]], at) != width:
+            try:
+                count = os.preadv(fd, [target[i * width : (i + 1) * width]], at)
+            except OSError as error:
+                raise StorageError(f"could not read a shard at byte {at}: {error.strerror}") from error
+            if count != width:
                 raise StorageError(f"a shard ended at byte {at} while it was read")
 
     def resident(self, rows: np.ndarray) -> bool:

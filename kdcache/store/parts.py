@@ -66,13 +66,20 @@ def read_catalog(path: Path) -> Catalog:
         IncompleteCacheError: nothing there, or a dump without a manifest.
         CorruptCacheError: a manifest or header that our writer did not write.
     """
-    if path.is_dir():
-        return _folder(path)
-    if not path.exists() and Path(f"{path}.parts").is_dir():
+    with posix.translated("open", path):
+        real = Path(os.path.realpath(path))  # a link to a cache is fine, a link inside of one is not
+        is_folder, is_there = os.path.isdir(real), os.path.lexists(real)
+        if not is_there:
+            os.stat(real.parent)  # tells a missing file from a folder that may not be searched
+    if is_folder:
+        return _folder(real)
+    if is_there:
+        return _file(real)
+    if Path(f"{path}.parts").is_dir():
         raise IncompleteCacheError(f"{path} is not finished: run the same precompute command again to go on")
-    if not path.exists():
-        raise IncompleteCacheError(f"{path} does not exist; make a cache with `kdcache precompute --out {path.name}`")
-    return _file(path)
+    raise IncompleteCacheError(
+        f"{path} does not exist; check the path, or make a cache with `kdcache precompute --out {path.name}`"
+    )
 
 
 def open_part(part: Part) -> int:

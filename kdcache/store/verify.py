@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from kdcache.errors import CorruptCacheError, IncompleteCacheError, KDCacheError, MismatchError
+from kdcache.errors import CorruptCacheError, IncompleteCacheError, KDCacheError, MismatchError, StorageError
 from kdcache.format.checksums import header_digest, row_crcs
 from kdcache.format.encodings import label_count
 from kdcache.format.hdf5_parser import ParsedFile, parse
@@ -150,7 +150,7 @@ def _check_all(catalog: Catalog, findings: _Findings, progress: Callable[[int], 
                 os.close(fd)
             if progress is not None:
                 progress(size)
-        except (CorruptCacheError, IncompleteCacheError) as error:
+        except (CorruptCacheError, IncompleteCacheError, StorageError) as error:
             findings.add(error)
     if not findings.problems:
         _check_ids(catalog, findings)

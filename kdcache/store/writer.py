@@ -25,7 +25,15 @@ from kdcache.format.strict_json import MAX_JSON_BYTES
 from kdcache.store import posix
 from kdcache.store.dump import DumpFolder, open_dump
 from kdcache.store.folder import MANIFEST, PLAN, read_manifest
-from kdcache.store.incoming import as_float_array, check_labels, class_list, consecutive, fit_ids, plain_provenance
+from kdcache.store.incoming import (
+    as_digests,
+    as_float_array,
+    check_labels,
+    class_list,
+    consecutive,
+    fit_ids,
+    plain_provenance,
+)
 from kdcache.store.locks import FINISH
 from kdcache.store.merge import merge
 from kdcache.store.parts import read_catalog
@@ -49,6 +57,8 @@ class Writer:
         overwrite: remove a cache that is there.
         provenance: what to say about the teacher and the data: nested plain values, no paths.
         id_bytes: room for text ids; by default twice the longest of the first batch.
+
+    Memory: one block of rows, and the ids written so far (about 80 bytes each), to refuse one that comes twice.
 
     Raises:
         UsageError: the path is taken and neither `resume` nor `overwrite` was asked for.
@@ -158,9 +168,7 @@ class Writer:
         if bad.size:
             raise LogitsError(f"the logits of sample {show_id(ids[bad[0]])} hold NaN, +inf or -inf alone")
         label = check_labels(labels, ids, self._classes.count)
-        digests = None if input_digests is None else np.asarray(input_digests, np.uint64)
-        if digests is not None and digests.shape != (len(ids),):
-            raise DataError(f"{digests.shape} input digests for {len(ids)} rows; one is needed for each")
+        digests = as_digests(input_digests, len(ids))
         fresh = self._unseen(ids)
         encoding = Encoding(self._dtype, values.shape[1:]) if self._dump is None else self._dump.plan.schema.encoding
         encoded = encode(encoding, values)

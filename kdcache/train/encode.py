@@ -48,7 +48,7 @@ def encode(encoding: Encoding, logits: torch.Tensor) -> EncodedTensors:
         raise LogitsError(f"the teacher returned {logits.dtype}, expected floating point logits")
     exact, clamped = _as_float32(logits)
     row_max = exact.amax(dim=1)
-    bad = ~torch.isfinite(row_max).reshape(len(exact), -1).all(dim=1)
+    bad = ~torch.isfinite(row_max).reshape(len(exact), math.prod(encoding.row_shape[1:])).all(dim=1)
     if encoding.dtype == "float32":
         return EncodedTensors({"logits": exact}, bad, clamped)
     shifted = exact - row_max.unsqueeze(1)

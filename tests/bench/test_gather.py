@@ -2,35 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 from bench_data import ARRAYS, ROWS, BenchData
 from bench_measure import BATCH, interleaved, ratio, rows_per_second
+from bench_readers import cache_reader, memmap_reader
 
 import kdcache
-
-
-def memmap_reader(data: BenchData, names: tuple[str, ...]) -> Callable[[np.ndarray], Any]:
-    """Gathers these arrays from NumPy memmaps into ready buffers, as fast as NumPy can."""
-    mapped = [data.array(name) for name in names]
-    buffers = [np.empty((BATCH, *array.shape[1:]), array.dtype) for array in mapped]
-
-    def read(rows: np.ndarray) -> None:
-        for array, buffer in zip(mapped, buffers, strict=True):
-            np.take(array, rows, 0, out=buffer, mode="clip")
-
-    return read
-
-
-def cache_reader(cache: kdcache.Cache) -> Callable[[np.ndarray], Any]:
-    """Gathers into one ready buffer; every row has been touched before."""
-    for start in range(0, len(cache), BATCH):
-        cache.gather(np.arange(start, min(start + BATCH, len(cache))))
-    buffer = cache.gather(np.arange(BATCH))
-    return lambda rows: cache.gather(rows, out=buffer)
 
 
 @pytest.mark.bench

@@ -5,7 +5,6 @@ Peers read the logits alone, while ours also gives row maximum, label and id: wh
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,11 @@ import numpy as np
 import pytest
 from bench_data import CHUNK, CLASSES, ROWS, BenchData
 from bench_measure import interleaved, ratio, rows_per_second
-from test_gather import cache_reader
+from bench_readers import Read, cache_reader
 
 import kdcache
 
 CHUNK_ROWS = 256
-
-Read = Callable[[np.ndarray], Any]
 
 
 def compare(data: BenchData, figures: Any, peer: Read, *, name: str, target: str) -> None:
@@ -36,7 +33,10 @@ def compare(data: BenchData, figures: Any, peer: Read, *, name: str, target: str
 def test_against_tuned_h5py_item_by_item(data: BenchData, figures: Any) -> None:
     with h5py.File(data.one_file, rdcc_nbytes=0) as file:
         logits = file["logits"]
-        read: Read = lambda rows: [logits[row] for row in rows.tolist()]
+
+        def read(rows: np.ndarray) -> list[np.ndarray]:
+            return [logits[row] for row in rows.tolist()]
+
         compare(data, figures, read, name="h5py, rdcc_nbytes=0, an item at a time", target=">= 15")
 
 
@@ -77,7 +77,11 @@ def test_against_hugging_face_datasets(
             writer.finalize()
     rows = datasets.Dataset.from_file(str(path)).with_format("numpy")
     assert np.array_equal(rows[[5, 3]]["logits"], data.array("logits")[[5, 3]])
-    read: Read = lambda batch: rows[batch.tolist()]["logits"]
+
+    def read(batch: np.ndarray) -> np.ndarray:
+        found: np.ndarray = rows[batch.tolist()]["logits"]
+        return found
+
     compare(data, figures, read, name="Hugging Face datasets (Arrow), a batch of indices at a time", target=">= 20")
 
 

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import kdcache
 from kdcache.stages.models import CNN
 
-IMAGES = {"SMALL": 10_240, "BASE": 4_096}  # a third of a second goes into plan and fsyncs, whatever the rows
+IMAGES = {"SMALL": 10_240, "BASE": 4_096}
 
 
 @pytest.fixture(params=[1, os.cpu_count()])

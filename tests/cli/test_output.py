@@ -6,10 +6,11 @@ import json
 import math
 from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdcache_cli.output import to_json, to_lines
+from kdcache_cli.output import is_first_process, to_json, to_lines
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
@@ -47,6 +48,27 @@ def test_lines_are_aligned_and_inner_mappings_are_indented() -> None:
         "loss:  0.25",
         "views: 0, 1",
     ]
+
+
+@pytest.mark.parametrize(
+    ("environ", "prints"),
+    [
+        ({}, (True, True)),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, (True, True)),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, (False, False)),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "2"}, (True, True)),
+        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, (False, True)),
+        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "RANK": "0", "WORLD_SIZE": "2"}, (True, True)),
+    ],
+)
+def test_one_process_of_a_command_prints(
+    environ: dict[str, str], prints: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    assert (is_first_process(slurm=True), is_first_process(slurm=False)) == prints
 
 
 def test_long_lists_are_cut_with_their_length() -> None:

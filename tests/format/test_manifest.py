@@ -138,7 +138,7 @@ def test_a_resealed_change_is_accepted_or_refused_with_a_reason(data: st.DataObj
         (("format",), 2, "format version 2"),
         (("format",), True, "format version True"),
         (("kind",), "shard", "kind is 'shard'"),
-        (("samples",), 11, "hold 10 samples"),
+        (("samples",), 11, "shards have 6"),
         (("samples",), -1, "samples must be"),
         (("views",), [2, 0], "ascend"),
         (("views",), [0], "starts at sample"),

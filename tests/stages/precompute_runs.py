@@ -5,6 +5,7 @@ Processes come from a fork server that has imported torch once: 30 kills take se
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -21,8 +22,8 @@ from kdcache.stages.precompute_options import PrecomputeOptions
 
 HERE = str(Path(__file__).parent)
 DATE = {"SOURCE_DATE_EPOCH": "1700000000", "OMP_NUM_THREADS": "1"}
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["pytest", "kdcache.stages.precompute"])
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["pytest", "kdcache.stages.precompute"])
 
 
 class Dumps:
@@ -47,7 +48,7 @@ class Dumps:
     ) -> BaseProcess:
         """A dump in a process of its own; `more` arguments for another target in `precompute_task`."""
         arguments = (self.options(out, **changes), {**DATE, **dict(environment)}, *more)
-        process: BaseProcess = _FORKS.Process(target=target, args=arguments)
+        process: BaseProcess = FORKS.Process(target=target, args=arguments)
         process.start()
         self._sessions.append(process.pid or 0)
         return process
@@ -78,10 +79,8 @@ class Dumps:
     def end_sessions(self) -> None:
         """Ends DataLoader workers that outlived their process."""
         for session in self._sessions:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(session, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
 
 
 def contents(path: Path) -> dict[str, bytes]:

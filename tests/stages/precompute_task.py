@@ -132,3 +132,14 @@ def dump_until_call(options: dict[str, Any], environment: dict[str, str], last: 
     for name in CALLS:
         setattr(posix, name, counted(getattr(posix, name)))
     dump(options, environment)
+
+
+def worker_that_never_ends() -> None:
+    """As a DataLoader worker that its process has forgotten, which gets one SIGTERM."""
+    from kdcache.stages import signals
+
+    signals.GRACE_SECONDS = 1
+    signals.shield_worker(0)
+    os.kill(os.getpid(), signal.SIGTERM)
+    while True:
+        signal.pause()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -14,10 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Dataset, TensorDataset
 
+from kdcache.errors import StorageError
 from kdcache.stages.distill import distill
 from kdcache.stages.distill_options import DistillOptions
 from kdcache.stages.optim import Schedule
 from kdcache.stages.order import Order
+from kdcache.store.writer import Writer
 from kdcache.train.losses import kd_loss
 
 OPTIONS = DistillOptions(epochs=2, batch_size=16, warmup=3, device="cpu", quiet=True, seed=11)
@@ -244,6 +247,39 @@ def test_metrics_record_and_weights_are_written(toy: Any, tmp_path: Path) -> Non
     assert all(torch.equal(last[name], tensor) for name, tensor in result.student.state_dict().items())
     make_student().load_state_dict(torch.load(out / "best.pt", weights_only=True))
     assert not (out / "resume.pt").exists()
+
+
+def test_a_masked_class_that_makes_a_term_infinite_leaves_it_out_of_the_metrics(toy: Any, tmp_path: Path) -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = make_student()
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return self.inner(inputs).masked_fill(torch.arange(4) == 3, -torch.inf)
+
+    logits = toy.teacher_logits.masked_fill(torch.arange(4) == 3, -torch.inf)
+    with Writer(tmp_path / "masked", classes=4, dtype="float32") as writer:
+        writer.write(range(len(logits)), logits.numpy())
+    toy.labels.fill_(3)
+    options = replace(OPTIONS, out=str(tmp_path / "run"), alpha=1.0)
+    distill(options, student=Masked(), data=toy.data, cache=tmp_path / "masked")
+    (line,) = read_lines(tmp_path / "run")
+    assert line["loss"] > 0
+    assert line["kd"] > 0
+    assert "ce" not in line
+
+
+def test_a_checkpoint_that_cannot_be_removed_is_a_storage_error(
+    toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, *, missing_ok: bool = False) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    options = replace(OPTIONS, out=str(tmp_path / "run"))
+    with pytest.raises(StorageError, match=r"could not remove .*resume\.pt: Permission denied"):
+        distill(options, student=make_student(), data=toy.data, cache=toy.cache)
 
 
 def test_without_validation_data_there_is_no_best(toy: Any, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import sys
 import threading
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdcache.errors import InterruptedRunError, KDCacheError, StorageError, UsageError
+from kdcache.errors import InterruptedRunError, KDCacheError, MissingExtraError, StorageError, UsageError
 from kdcache.stages import checkpoint
 from kdcache.stages.distill_options import DistillOptions, portable, resolve
 from kdcache.stages.metrics import MetricsLog
@@ -130,6 +131,13 @@ def test_a_metrics_file_that_cannot_be_opened_or_written_is_a_storage_error(tmp_
         log.sync()
     with pytest.raises(StorageError, match="the disk is full"):
         log.close()
+
+
+def test_a_log_that_cannot_be_made_leaves_no_file_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(MissingExtraError):
+        MetricsLog(tmp_path, tensorboard=True)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b""
 
 
 def test_defaults_follow_the_optimiser() -> None:

@@ -227,7 +227,7 @@ def test_a_resumed_dump_takes_the_threads_of_its_plan(tmp_path: Path) -> None:
     finally:
         torch.set_num_threads(before)
     assert kdcache.open(tmp_path / "teacher").provenance["precision"]["threads"] == 2
-    with pytest.raises(kdcache.MismatchError, match="provenance.precision.threads is 2 there and 3"):
+    with pytest.raises(kdcache.MismatchError, match=r"provenance.precision.threads is 2 there and 3"):
         precompute(Linear(), data, tmp_path / "teacher", threads=3, **settings)
 
 

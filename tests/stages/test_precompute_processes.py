@@ -51,7 +51,7 @@ def test_the_parts_of_shard_i_of_n_make_the_same_cache(dumps: Any, reference: di
     first = dumps.here(tmp_path / "teacher", shard="1/2")
     assert not first.finished
     assert first.computed == 2 * 41
-    with pytest.raises(kdcache.IncompleteCacheError, match="not finished"):
+    with pytest.raises(kdcache.IncompleteCacheError, match=r"not finished"):
         kdcache.open(tmp_path / "teacher")
     second = dumps.here(tmp_path / "teacher", shard="0/2")
     assert second.finished

@@ -81,7 +81,7 @@ def test_a_logit_that_is_no_number_names_its_sample_and_leaves_finished_shards(
     tmp_path: Path, value: float, dtype: str
 ) -> None:
     ids = [f"photo{n}" for n in range(ROWS)]
-    with pytest.raises(LogitsError, match="sample 'photo19' hold NaN"):
+    with pytest.raises(LogitsError, match=r"sample 'photo19' hold NaN"):
         precompute(Returns(with_value(19, value)), DATA, tmp_path / "t", sample_ids=ids, dtype=dtype, **SETTINGS)
     assert sorted(file.name for file in (tmp_path / "t" / "shards").glob("*.h5")) == ["v000-00000.h5", "v000-00001.h5"]
     assert not list(tmp_path.rglob(".tmp-*"))
@@ -120,7 +120,7 @@ def failing(error: Exception, at: int = 13) -> Any:
 @pytest.mark.parametrize("error", [ValueError("bad pixel\nin line 3"), KeyError("gone"), DataError("cannot be read")])
 def test_an_item_that_fails_is_one_line_with_its_sample(tmp_path: Path, workers: int, error: Exception) -> None:
     ids = np.arange(ROWS) + 100
-    with pytest.raises(DataError, match="sample 113") as raised:
+    with pytest.raises(DataError, match=r"sample 113") as raised:
         precompute(linear(), Items(failing(error)), tmp_path / "t", sample_ids=ids, workers=workers, **SETTINGS)
     assert "\n" not in str(raised.value)
     assert "Traceback" not in str(raised.value)
@@ -132,7 +132,7 @@ class InBatches(Items):
 
 
 def test_an_item_that_fails_in_a_batch_names_itself(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="at sample 14: ValueError: torn"):
+    with pytest.raises(DataError, match=r"at sample 14: ValueError: torn"):
         precompute(linear(), InBatches(failing(ValueError("torn"), at=14)), tmp_path / "t", **SETTINGS)
 
 
@@ -212,7 +212,7 @@ def test_another_dump_on_the_same_path_is_refused_by_the_field_that_differs(
 def test_an_output_key_belongs_to_the_dump(tmp_path: Path) -> None:
     model = Returns(lambda x: {"a": x, "b": -x})
     precompute(model, DATA, tmp_path / "t", output_key="a", **SETTINGS)
-    with pytest.raises(MismatchError, match="provenance.output_key is 'a' there and 'b'"):
+    with pytest.raises(MismatchError, match=r"provenance.output_key is 'a' there and 'b'"):
         precompute(model, DATA, tmp_path / "t", output_key="b", **SETTINGS)
 
 
@@ -231,7 +231,7 @@ def test_overwrite_replaces_a_cache_and_nothing_else(tmp_path: Path) -> None:
         precompute(linear(), DATA, foreign, overwrite=True, **SETTINGS)
     own = tmp_path / "own.h5"
     own.write_bytes(b"somebody's")
-    with pytest.raises(KDCacheError, match="own.h5"):
+    with pytest.raises(KDCacheError, match=r"own.h5"):
         precompute(linear(), DATA, own, overwrite=True, **SETTINGS)
     assert (foreign / "thesis.txt").read_text() == "mine"
     assert own.read_bytes() == b"somebody's"
@@ -245,7 +245,7 @@ def test_overwrite_is_refused_where_several_processes_run(
     if several == "ranks":
         monkeypatch.setenv("RANK", "0")
         monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UsageError, match="--overwrite goes with one process only"):
+    with pytest.raises(UsageError, match=r"--overwrite goes with one process only"):
         precompute(
             linear(), DATA, tmp_path / "t", overwrite=True, shard="0/2" if several == "shard" else None, **SETTINGS
         )
@@ -269,7 +269,7 @@ def test_too_little_disk_is_an_error_before_anything_is_written(
 ) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1 << 30, 1 << 30, 1000))
-    with pytest.raises(StorageError, match="MB free; free some space, choose another --out"):
+    with pytest.raises(StorageError, match=r"MB free; free some space, choose another --out"):
         precompute(linear(), DATA, tmp_path / "t", **SETTINGS)
     assert not list(tmp_path.iterdir())
 
@@ -293,16 +293,16 @@ def test_a_batch_above_the_exported_limit_is_a_usage_error(tmp_path: Path) -> No
     batch = torch.export.Dim("batch", max=3)
     program = torch.export.export(linear().eval(), (INPUTS[:2],), dynamic_shapes=({0: batch},))
     torch.export.save(program, tmp_path / "teacher.pt2")
-    with pytest.raises(UsageError, match="--batch-size 4 is above 3"):
+    with pytest.raises(UsageError, match=r"--batch-size 4 is above 3"):
         precompute(None, DATA, tmp_path / "t", teacher=f"pt2:{tmp_path / 'teacher.pt2'}", **SETTINGS)
 
 
 def test_settings_are_checked_by_name(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no setting 'batchsize'"):
+    with pytest.raises(UsageError, match=r"no setting 'batchsize'"):
         precompute(linear(), DATA, tmp_path / "t", batchsize=3)
-    with pytest.raises(UsageError, match="--out is needed"):
+    with pytest.raises(UsageError, match=r"--out is needed"):
         precompute(linear(), DATA)
-    with pytest.raises(UsageError, match="--data is needed"):
+    with pytest.raises(UsageError, match=r"--data is needed"):
         precompute(linear(), out=tmp_path / "t")
-    with pytest.raises(UsageError, match="--teacher is needed"):
+    with pytest.raises(UsageError, match=r"--teacher is needed"):
         precompute(None, DATA, tmp_path / "t")

@@ -1,4 +1,4 @@
-"""`kdcache verify --teacher`: the same teacher passes; another one, other preprocessing and other data are told apart."""
+"""The same teacher passes; another teacher, other preprocessing and other data fail and are told apart."""
 
 from __future__ import annotations
 
@@ -101,34 +101,34 @@ def test_one_row_far_off_fails_though_the_median_does_not(cache: Path) -> None:
 def test_items_prepared_in_another_way_are_named_as_the_cause(cache: Path) -> None:
     report = verify_teacher(cache, make_teacher(), make_data(scale=1.1))
     assert (report.labels_differ, report.inputs_differ) == (0, 64)
-    with pytest.raises(MismatchError, match="64 of 64 inputs differ, the labels do not: .* in another way"):
+    with pytest.raises(MismatchError, match=r"64 of 64 inputs differ, the labels do not: .* in another way"):
         report.raise_on_error()
 
 
 def test_another_transform_of_the_teacher_is_named_as_the_cause(cache: Path) -> None:
     report = verify_teacher(cache, make_teacher(), make_data(), transform=lambda x: x * 1.1)
     assert (report.labels_differ, report.inputs_differ, report.same_weights) == (0, 0, True)
-    with pytest.raises(MismatchError, match="the weights are too: another transform"):
+    with pytest.raises(MismatchError, match=r"the weights are too: another transform"):
         report.raise_on_error()
 
 
 def test_other_data_under_the_same_ids_is_named_as_the_cause(cache: Path) -> None:
     report = verify_teacher(cache, make_teacher(), make_data(seed=1))
-    with pytest.raises(MismatchError, match="64 inputs differ too: this is other data under the same sample ids"):
+    with pytest.raises(MismatchError, match=r"64 inputs differ too: this is other data under the same sample ids"):
         report.raise_on_error()
 
 
 def test_other_labels_fail_though_the_logits_agree(cache: Path) -> None:
     report = verify_teacher(cache, make_teacher(), make_data(shift=1))
     assert report.median < 1e-3
-    with pytest.raises(MismatchError, match="64 of 64 labels .* the inputs are the same: .* labelled in another way"):
+    with pytest.raises(MismatchError, match=r"64 of 64 labels .* the inputs are the same: .* labelled in another way"):
         report.raise_on_error()
 
 
 def test_data_without_the_sampled_rows_is_a_mismatch(cache: Path) -> None:
-    with pytest.raises(MismatchError, match="lacks 64 of the 64 samples .*another data set or split"):
+    with pytest.raises(MismatchError, match=r"lacks 64 of the 64 samples .*another data set or split"):
         verify_teacher(cache, make_teacher(), make_data(), sample_ids=np.arange(ROWS) + 1000)
-    with pytest.raises(MismatchError, match="are like 0, those of TensorDataset like 'a0'"):
+    with pytest.raises(MismatchError, match=r"are like 0, those of TensorDataset like 'a0'"):
         verify_teacher(cache, make_teacher(), make_data(), sample_ids=[f"a{n}" for n in range(ROWS)])
 
 
@@ -145,7 +145,7 @@ def test_another_number_of_classes_is_a_mismatch(cache: Path) -> None:
 
 
 def test_no_rows_is_a_usage_error(cache: Path) -> None:
-    with pytest.raises(UsageError, match="--sample"):
+    with pytest.raises(UsageError, match=r"--sample"):
         verify_teacher(cache, make_teacher(), make_data(), sample=0)
 
 

@@ -16,8 +16,8 @@ from kdcache.format.encodings import Encoding
 from kdcache.train.encode import encode
 
 MAX = float(np.finfo(np.float32).max)
-EDGES = [np.nan, np.inf, -np.inf, MAX, -MAX, 1e300, -1e300, 0.0, -65504.0, -65505.0, 1e-300]
-EDGES += [np.nextafter(MAX, np.inf), np.nextafter(-MAX, -np.inf)]
+EDGES32 = [np.nan, np.inf, -np.inf, MAX, -MAX, 0.0, -65504.0, -65505.0]
+EDGES = [*EDGES32, 1e300, -1e300, 1e-300, float(np.nextafter(MAX, np.inf)), float(np.nextafter(-MAX, -np.inf))]
 
 
 @pytest.mark.parametrize("kind", ["float16", "float32"])
@@ -25,7 +25,7 @@ EDGES += [np.nextafter(MAX, np.inf), np.nextafter(-MAX, -np.inf)]
 @given(data=st.data())
 def test_a_device_stores_what_numpy_stores(kind: str, shape: tuple[int, ...], data: Any) -> None:
     width = data.draw(st.sampled_from([32, 64]))
-    edges = [value for value in EDGES if width == 64 or not np.isfinite(value) or float(np.float32(value)) == value]
+    edges = EDGES if width == 64 else EDGES32
     values = st.sampled_from(edges) | st.floats(-1e5, 1e5, width=width)
     logits = data.draw(arrays.arrays(f"f{width // 8}", shape, elements=values))
     encoding = Encoding(kind, shape[1:])
@@ -41,7 +41,9 @@ def test_a_device_stores_what_numpy_stores(kind: str, shape: tuple[int, ...], da
 
 
 def test_a_float64_below_the_float32_range_is_clamped_and_one_above_refused() -> None:
-    found = encode(Encoding("float32", (3,)), torch.tensor([[0, -1e300, -torch.inf], [1e300, 0, 0]], dtype=torch.float64))
+    found = encode(
+        Encoding("float32", (3,)), torch.tensor([[0, -1e300, -torch.inf], [1e300, 0, 0]], dtype=torch.float64)
+    )
     assert found.arrays["logits"][0].tolist() == [0.0, -MAX, -np.inf]
     assert found.bad.tolist() == [False, True]
     assert int(found.clamped) == 1

@@ -67,7 +67,9 @@ def twin_sums(
             continue
         a = alpha if taught and labelled else float(taught)
         w = 1.0 if weight is None else float(weight[index] if weight.ndim > 1 else weight[index[0]])
-        numerator += w * ((1 - a) * ce[index] if labelled else 0.0) + w * (a * divisor**2 * kl[index] if taught else 0)
+        # A term of weight 0 is left out: where a masked class makes it infinite, 0 * inf would be NaN.
+        numerator += w * (1 - a) * ce[index] if labelled and a < 1 else 0.0
+        numerator += w * a * divisor**2 * kl[index] if taught and a > 0 else 0.0
         denominator += w
     return numerator, denominator
 
