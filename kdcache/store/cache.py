@@ -8,7 +8,6 @@ the first touch of a row in a process costs a CRC on top (0.7 us).
 from __future__ import annotations
 
 import os
-import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -22,12 +21,10 @@ from kdcache.format.encodings import Encoding
 from kdcache.format.identity import as_sample_ids, show_id, show_ids
 from kdcache.format.schema import CRC_ARRAY
 from kdcache.store.buffers import blank, check_buffer, empty_rows, first_rows
+from kdcache.store.grid import Grid
 from kdcache.store.lookup import IdIndex, as_row_numbers
-from kdcache.store.mapping import PreadRegion, Region, grid_rows
-from kdcache.store.parts import Catalog, check_access, open_part, read_catalog
+from kdcache.store.parts import Catalog, check_access, read_catalog
 from kdcache.store.rows import TeacherRows
-
-_RESIDENCE_SAMPLE = 8
 
 
 def open(path: str | os.PathLike[str], *, expect_root: str | None = None, access: str = "mmap") -> Cache:
@@ -74,36 +71,15 @@ class Cache:
         self.provenance: dict[str, Any] = catalog.provenance
         self._catalog = catalog
         self._access = access
-        self._guard = threading.Lock()
-        self._guard_process = os.getpid()
         self._index: IdIndex | None = None
-        self._descriptors: list[weakref.finalize[Any, Any]] = []
         self._accepted: Callable[[], TeacherRows | None] = _nothing
-        self._lay_out()
-
-    def _lay_out(self) -> None:
-        parts, schema = self._catalog.parts, self._catalog.schema
-        slots = {view: slot for slot, view in enumerate(self.views)}
-        self._starts = np.array([slots[p.view] * self._catalog.samples + p.start for p in parts], np.int64)
-        self._grid_starts = np.concatenate([[0], np.cumsum([grid_rows(p.rows) for p in parts])])
-        total = int(self._grid_starts[-1])
-        self._shift = self._grid_starts[:-1] - self._starts
-        if self._access == "mmap":
-            self._regions: dict[str, Region | PreadRegion] = {
-                s.name: Region(total, s.dtype, s.row_shape) for s in schema.specs
-            }
-        else:
-            self._regions = {s.name: PreadRegion(s.dtype, s.row_shape) for s in schema.specs}
+        self._grid = Grid(catalog, access, path.name)
         try:
-            self._checked = np.zeros(total, bool)
+            self._checked = np.zeros(self._grid.rows, bool)
         except MemoryError:
             raise StorageError(f"{self.path}: no memory for the marks of {len(self)} rows (1 byte each)") from None
         self._left_to_check = len(self)
-        self._mapped = np.zeros(len(parts), bool)
-        self._all_mapped = False
-        self._names = [s.name for s in schema.encoding.specs]
-        self._crc_names = schema.crc_names
-        self._expects_random = False
+        self._crc_names = catalog.schema.crc_names
         self._single_view = self.views[0] if len(self.views) == 1 else None
 
     def __len__(self) -> int:
@@ -123,10 +99,8 @@ class Cache:
 
     def close(self) -> None:
         """Lets maps and descriptors go; the object cannot be read afterwards."""
-        self._regions = {}
+        self._grid.close()
         self._index = None
-        for close_descriptor in self._descriptors:
-            close_descriptor()
 
     @property
     def catalog(self) -> Catalog:
@@ -234,11 +208,11 @@ class Cache:
         missing = self._check_range(wanted)
         if missing is not None:
             wanted = np.where(missing, 0, wanted)
-        grid = self._to_grid(wanted)
+        grid = self._grid.locate(wanted)
         result = self._buffer(out, len(wanted))
         if self._left_to_check and self._access == "mmap":
-            self._advise(grid)
-        regions = self._regions
+            self._grid.advise(grid[~self._checked[grid]])
+        regions = self._grid.regions
         for name, array in result.arrays.items():
             regions[name].take(grid, array)
         if result.label is not None:
@@ -280,8 +254,8 @@ class Cache:
             raise UsageError(f"{self.path.name} has no array {name!r}")
         rows = np.arange(start, len(self) if stop is None else stop)
         target = np.empty(spec.shape(len(rows)), spec.dtype)
-        grid = self._to_grid(rows)  # refuses a closed cache
-        self._regions[name].take(grid, target)
+        places = self._grid.locate(rows)  # refuses a closed cache
+        self._grid.regions[name].take(places, target)
         return target
 
     def _check_range(self, rows: np.ndarray) -> np.ndarray | None:
@@ -296,58 +270,6 @@ class Cache:
             raise UsageError(f"row {wrong} does not exist; {self.path.name} has rows 0 to {len(self) - 1}")
         return rows < 0
 
-    def _advise(self, grid: np.ndarray) -> None:
-        """On a cold page cache asks for the rows of this batch at once, without read-ahead (8 times faster).
-
-        On a warm one advice would halve the speed, so a few rows that were not touched yet are looked at first.
-        """
-        fresh = grid[~self._checked[grid]]
-        region = self._regions[self._names[0]]
-        if not fresh.size or region.resident(fresh[:_RESIDENCE_SAMPLE]):
-            return
-        if not self._expects_random:
-            self._expects_random = True
-            for number in np.flatnonzero(self._mapped).tolist():
-                region.expect_random(True, int(self._grid_starts[number]), self._catalog.parts[number].rows)
-        region.will_need(fresh)
-
-    def _to_grid(self, rows: np.ndarray) -> np.ndarray:
-        """From rows to their places in the mapped ranges; maps shards that are touched for the first time."""
-        if not self._regions:
-            raise UsageError(f"{self.path.name} is closed; open it again")
-        if len(self._starts) == 1:
-            if not self._all_mapped:
-                self._map(np.zeros(1, np.int64))
-            return rows
-        parts = np.searchsorted(self._starts, rows, side="right") - 1
-        if not self._all_mapped:
-            self._map(parts)
-        grid: np.ndarray = rows + self._shift[parts]
-        return grid
-
-    def _map(self, parts: np.ndarray) -> None:
-        needed = np.unique(parts[~self._mapped[parts]])
-        if not needed.size:
-            return
-        with self._lock():
-            for number in needed[~self._mapped[needed]].tolist():
-                part = self._catalog.parts[number]
-                fd = open_part(part)
-                closing = weakref.finalize(self, os.close, fd)
-                closing.atexit = False
-                try:
-                    for name, region in self._regions.items():
-                        region.place(fd, part.arrays[name].offset, int(self._grid_starts[number]), part.rows)
-                finally:
-                    if self._access == "mmap":  # a map outlives its descriptor, pread needs it
-                        closing()
-                    else:
-                        self._descriptors.append(closing)
-                if self._expects_random:
-                    self._regions[self._names[0]].expect_random(True, int(self._grid_starts[number]), part.rows)
-                self._mapped[number] = True
-            self._all_mapped = bool(self._mapped.all())
-
     def _check_first_touch(self, rows: np.ndarray, grid: np.ndarray, result: TeacherRows) -> None:
         fresh = np.flatnonzero(~self._checked[grid])
         if not fresh.size:
@@ -358,8 +280,8 @@ class Cache:
         numbers = rows if everything else rows[fresh]
         positions = numbers % self._catalog.samples
         stored_crc, stored_view = np.empty(len(at), "<u4"), np.empty(len(at), "<u2")
-        self._regions[CRC_ARRAY].take(at, stored_crc)
-        self._regions["view"].take(at, stored_view)
+        self._grid.regions[CRC_ARRAY].take(at, stored_crc)
+        self._grid.regions["view"].take(at, stored_view)
         identity = {"sample_id": touched.sample_id, "label": touched.label, "input_digest": touched.input_digest}
         stored: dict[str, np.ndarray] = {n: a for n, a in {**identity, **touched.arrays}.items() if a is not None}
         ordered = [stored[n] for n in self._crc_names]
@@ -375,7 +297,7 @@ class Cache:
             good &= touched.sample_id == self._catalog.first_id + positions
         if not good.all():
             bad = int(numbers[np.flatnonzero(~good)[0]])
-            part = self._catalog.parts[int(np.searchsorted(self._starts, bad, side="right")) - 1]
+            part = self._grid.part_of(bad)
             raise CorruptCacheError(
                 f"{part.path}: row {bad} (sample {show_id(touched.sample_id[np.flatnonzero(~good)[0]])}) does not "
                 "match its checksum; the file is damaged or rows were moved. Run `kdcache verify`, then fetch or dump "
@@ -386,11 +308,6 @@ class Cache:
         if left <= 0:  # a row twice in a batch, or in two threads, was counted twice: count anew
             left = len(self) - int(np.count_nonzero(self._checked))
         self._left_to_check = left  # in one step: another thread must never see a zero that is not true
-
-    def _lock(self) -> threading.Lock:
-        if self._guard_process != os.getpid():  # a lock that a thread of the parent held would hang a fork
-            self._guard, self._guard_process = threading.Lock(), os.getpid()
-        return self._guard
 
     def _ids(self) -> IdIndex:
         if self._index is None:
