@@ -19,4 +19,8 @@ def command(cache: Path, as_json: bool) -> None:
     """
     from kdcache.store.inspect import describe
 
-    emit(describe(cache), as_json=as_json)
+    summary = describe(cache)
+    if not as_json:
+        views = summary["views"]
+        summary["views"] = f"{len(views)} (number {', '.join(map(str, views))})"
+    emit(summary, as_json=as_json)

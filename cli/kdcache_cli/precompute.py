@@ -42,8 +42,10 @@ def done_text(result: Mapping[str, Any]) -> str:
     """What was done, for people."""
     lines = [
         f"{result['path']}: {result['samples']:,} samples, {size_text(result['bytes'])}",
-        f"computed here: {result['computed']:,} rows in {time_text(result['seconds'])}"
-        + (f" ({result['rows_per_second']:,.0f} rows/s)" if result["computed"] else ""),
+        f"computed here: {result['computed']:,} rows in {time_text(result['seconds'])} "
+        f"({result['rows_per_second']:,.0f} rows/s)"
+        if result["computed"]
+        else "computed here: nothing, all of it was there",
     ]
     if result["finished"]:
         lines.append(f"root hash: {result['root']}")

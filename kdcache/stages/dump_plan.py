@@ -20,7 +20,7 @@ from kdcache.format.identity import ids_sha256
 from kdcache.format.manifest import ClassList
 from kdcache.format.schema import RowSchema
 from kdcache.stages.amp import autocast
-from kdcache.stages.calling import call_model
+from kdcache.stages.calling import call_model, move_to_device
 from kdcache.stages.data import LoadedData
 from kdcache.stages.dump_feed import DumpItems, Fed, collate
 from kdcache.stages.precompute_options import PrecomputeOptions
@@ -164,18 +164,7 @@ def describe_transform(transform: Any) -> str:
 def forward(model: nn.Module, inputs: Any, device: torch.device, options: PrecomputeOptions) -> Tensor:
     """Raw logits of a batch on the device, in inference mode."""
     with torch.inference_mode(), autocast(options.amp, device):
-        return call_model(model, move(inputs, device), output_key=options.output_key, what="teacher")
-
-
-def move(value: Any, device: torch.device) -> Any:
-    """Tensors of a batch on the device; from pinned memory the copy does not wait."""
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, dict):
-        return {key: move(inner, device) for key, inner in value.items()}
-    if isinstance(value, (tuple, list)):
-        return type(value)(move(inner, device) for inner in value)
-    return value
+        return call_model(model, move_to_device(inputs, device), output_key=options.output_key, what="teacher")
 
 
 def check_logits(logits: Tensor, *, rows: int) -> tuple[int, ...]:

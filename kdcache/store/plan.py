@@ -21,6 +21,25 @@ DEFAULT_SHARD_BYTES = 256 << 20
 _ROW_GRID = 4096
 
 
+# What people call the fields of a plan.
+_HINTS = {
+    "provenance.teacher.state_sha256": "the teacher's weights; a factory with random ones needs --weights",
+    "provenance.teacher": "the teacher",
+    "provenance.data.dumped": "the number of samples, --limit",
+    "provenance.data": "the data set",
+    "provenance.transform": "the teacher's transform",
+    "provenance.precision.batch_size": "--batch-size",
+    "provenance.precision.threads": "--threads",
+    "provenance.precision.amp": "--amp",
+    "provenance.precision.device": "--device",
+    "provenance.teacher_seen": "--teacher-saw",
+    "provenance.licence": "--licence",
+    "provenance.versions": "versions of the libraries",
+    "encoding.dtype": "--dtype",
+    "shard_rows": "--shard-rows",
+}
+
+
 def default_shard_rows(row_bytes: int) -> int:
     """Rows of a shard of up to 256 MiB: a multiple of 4,096 where that many fit."""
     fit = max(1, DEFAULT_SHARD_BYTES // row_bytes)
@@ -143,6 +162,7 @@ def raise_difference(difference: tuple[str, Any, Any], *, where: str) -> NoRetur
         MismatchError: always.
     """
     field, left, right = difference
+    hint = next((f" ({hint})" for end, hint in _HINTS.items() if field == end or field.startswith(f"{end}.")), "")
     raise MismatchError(
         f"{where} holds another dump: {field} is {left!r:.200} there and {right!r:.200} in this command. "
         "Use the same settings to resume, another --out for a new dump, or --overwrite to replace it"

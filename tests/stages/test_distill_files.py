@@ -134,7 +134,7 @@ def test_a_metrics_file_that_cannot_be_opened_or_written_is_a_storage_error(tmp_
 
 
 def test_a_log_that_cannot_be_made_leaves_no_file_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    monkeypatch.setitem(sys.modules, "tensorboard.compat.proto.event_pb2", None)
     with pytest.raises(MissingExtraError):
         MetricsLog(tmp_path, tensorboard=True)
     assert (tmp_path / "metrics.jsonl").read_bytes() == b""

@@ -185,7 +185,7 @@ def test_a_device_that_is_not_there(toy: Any, device: str) -> None:
 
 
 def test_tensorboard_without_its_package(toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    monkeypatch.setitem(sys.modules, "tensorboard.compat.proto.event_pb2", None)
     options = replace(OPTIONS, out=str(tmp_path / "run"), tensorboard=True)
     with pytest.raises(MissingExtraError, match=r'pip install "kdcache\[tensorboard\]"'):
         distill(options, data=toy.data, cache=toy.cache)
