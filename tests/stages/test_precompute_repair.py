@@ -1,4 +1,4 @@
-"""A finished cache that lost shards is made whole by the same command, and a first try that failed is in nobody's way."""
+"""A finished cache that lost shards is made whole by the same command; a first try that failed is in nobody's way."""
 
 from __future__ import annotations
 
