@@ -67,12 +67,12 @@ def run_demo(out: str | Path | None = None, *, seeds: int = 5, quiet: bool = Fal
         quiet: no progress on stderr.
 
     Returns:
-        `teacher_accuracy`; `arms` with, for each, `mean`, `std` and `runs` of the test accuracy;
-        `differences`, paired, with `mean` and `standard_error`; `cache`, `root`, `rows`, `bytes_per_row`,
-        `rows_per_second` read, `seconds`.
+        `teacher_accuracy`; for each of `ARMS` the `mean`, `std` and `runs` of the test accuracy; `differences`,
+        paired, with `mean` and `standard_error`; `cache` (its path, None for a temporary one), `root`, `rows`,
+        `bytes_per_row`, `rows_per_second` read, `seconds`.
 
     Raises:
-        UsageError: `out` exists and holds something else.
+        UsageError, MismatchError: `out` exists and holds something else, or another cache.
     """
     begun = time.monotonic()
     threads = torch.get_num_threads()
@@ -104,7 +104,7 @@ def _run(path: Path, *, seeds: int, quiet: bool) -> dict[str, Any]:
                     progress.advance()
         return {
             "teacher_accuracy": accuracy(teacher, blocks.test_x, blocks.test_y),
-            "arms": {arm: _summary(values) for arm, values in runs.items()},
+            **{arm: _summary(values) for arm, values in runs.items()},
             "differences": {name: _paired(runs[a], runs[b]) for name, (a, b) in DIFFERENCES.items()},
             "root": cache.root,
             "rows": len(cache),
@@ -218,7 +218,8 @@ def table(result: dict[str, Any]) -> str:
         "",
         "student              mean    std   trained on",
     ]
-    lines += [f"{arm:<20} {r['mean']:.3f}  {r['std']:.3f}   {what[arm]}" for arm, r in result["arms"].items()]
+    for arm in ARMS:
+        lines.append(f"{arm:<20} {result[arm]['mean']:.3f}  {result[arm]['std']:.3f}   {what[arm]}")
     lines += ["", "paired difference                     mean      standard error"]
     lines += [f"{n:<36}{d['mean']:+.4f}    {d['standard_error']:.4f}" for n, d in result["differences"].items()]
     lines += [

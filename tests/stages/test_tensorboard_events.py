@@ -11,7 +11,7 @@ import pytest
 from kdcache.errors import StorageError
 from kdcache.stages.metrics import MetricsLog
 
-pytest.importorskip("tensorboard")
+pytestmark = pytest.mark.interop("tensorboard")
 
 
 def read(folder: Path) -> list[tuple[int, float]]:
