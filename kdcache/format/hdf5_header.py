@@ -66,7 +66,8 @@ def build_layout(specs: Sequence[ArraySpec], rows: int, attribute: str) -> FileL
         attribute: Text of the root attribute `kdcache`, 1 to 59,999 bytes as UTF-8.
 
     Returns:
-        The layout: rows back to back, arrays of 1 MiB and more at multiples of 65,536 bytes, others of 8.
+        The layout: rows back to back, arrays of 1 MiB and more at multiples of 65,536 bytes, of
+        16 KiB and more of 4,096, others of 8.
 
     Raises:
         UsageError: The arguments cannot be stored in this format.

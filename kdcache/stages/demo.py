@@ -225,7 +225,7 @@ def table(result: dict[str, Any]) -> str:
     lines += [
         "",
         f"cache: {result['rows']} rows, {result['bytes_per_row']} bytes a row, {result['rows_per_second']:,} rows/s "
-        f"read, all of it in {result['seconds']} s",
+        f"read back; the demo took {result['seconds']} s",
         "",
         "next: kdcache precompute --help   (dump your own teacher)",
         "      kdcache distill --help      (train students from the dump)",
