@@ -133,7 +133,7 @@ class _Parser:
         block = self._fetch(0, SUPERBLOCK_BYTES)
         self._claim(0, SUPERBLOCK_BYTES)
         cursor = Cursor(block, "the superblock")
-        cursor.expect(messages.SIGNATURE, "no HDF5 signature at byte 0")
+        cursor.expect(messages.SIGNATURE, "no HDF5 signature at byte 0: not a cache")
         cursor.expect(b"\x03", "superblock version is not 3")
         cursor.expect(b"\x08\x08", "addresses or lengths are not of 8 bytes")
         cursor.expect(b"\x00", "superblock flags are set (left open by a writer)")

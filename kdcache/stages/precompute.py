@@ -39,14 +39,13 @@ from kdcache.stages.precompute_options import PrecomputeOptions, options_of, sha
 from kdcache.stages.progress import Progress
 from kdcache.stages.signals import StopRequest, graceful_signals
 from kdcache.stages.teachers import LoadedTeacher
-from kdcache.store import posix
 from kdcache.store.dump import DumpFolder, open_dump
 from kdcache.store.folder import read_manifest
 from kdcache.store.locks import FINISH
 from kdcache.store.merge import merge
 from kdcache.store.parts import read_catalog
 from kdcache.store.plan import Plan, require_same_file
-from kdcache.store.removal import clear_dump, remove_dump, remove_empty
+from kdcache.store.removal import clear_dump, remove_dump, remove_empty, remove_one_file
 from kdcache.store.shards import remove_temporaries
 from kdcache.store.writer import dump_folder_of
 from kdcache.train.encode import encode
@@ -288,10 +287,7 @@ def _finished_file(out: Path, plan: Plan) -> str:
 def _remove(out: Path, folder: Path) -> None:
     if out.is_dir() or folder.exists():
         remove_dump(folder)
-    if out.is_file():
-        read_catalog(out)  # only a cache is ever removed
-        with posix.translated("remove", out):
-            posix.unlink(out)
+    remove_one_file(out)
 
 
 def _result(job: Job, out: Path, root: str | None, *, computed: int, seconds: float) -> PrecomputeResult:

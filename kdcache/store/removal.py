@@ -7,11 +7,12 @@ import os
 import re
 from pathlib import Path
 
-from kdcache.errors import MismatchError, UsageError
+from kdcache.errors import CorruptCacheError, MismatchError, UsageError
 from kdcache.format.manifest import CLASSES_FILE, SHARD_NAME
 from kdcache.store import posix
 from kdcache.store.folder import MANIFEST, PLAN, SHARDS
 from kdcache.store.locks import lock_file
+from kdcache.store.parts import read_catalog
 from kdcache.store.shards import TEMPORARY_PREFIX, remove_temporaries
 
 _IN_SHARDS = re.compile(rf"{SHARD_NAME.pattern[:-2]}(h5|json)|\.tmp-.*")
@@ -59,6 +60,25 @@ def remove_dump(folder: Path) -> None:
         clear_dump(folder)
     finally:
         locks.unlock_all()
+
+
+def remove_one_file(path: Path) -> None:
+    """Removes a one-file cache (`--overwrite`); a missing one is fine.
+
+    Raises:
+        UsageError: not a cache, or so damaged that it cannot be told from a file of somebody else's.
+    """
+    if not path.is_file():
+        return
+    try:
+        read_catalog(path)
+    except CorruptCacheError as error:
+        raise UsageError(
+            f"{path} cannot be read as a cache, and only caches are replaced: remove it yourself, or choose another "
+            f"--out ({error})"
+        ) from error
+    with posix.translated("remove", path):
+        posix.unlink(path)
 
 
 def clear_dump(folder: Path) -> None:

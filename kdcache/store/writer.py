@@ -36,9 +36,8 @@ from kdcache.store.incoming import (
 )
 from kdcache.store.locks import FINISH
 from kdcache.store.merge import merge
-from kdcache.store.parts import read_catalog
 from kdcache.store.plan import Plan, default_shard_rows, parse_plan, plan_of_manifest
-from kdcache.store.removal import clear_dump, refuse_foreign, remove_dump, remove_empty
+from kdcache.store.removal import clear_dump, refuse_foreign, remove_dump, remove_empty, remove_one_file
 from kdcache.store.shards import ContainerWriter
 from kdcache.store.versions import versions
 
@@ -109,10 +108,7 @@ class Writer:
         if overwrite:
             remove_dump(self._folder)
             if self._one_file:
-                if self.path.exists():
-                    read_catalog(self.path)  # only a cache is ever removed
-                with posix.translated("remove", self.path):
-                    posix.unlink(self.path)
+                remove_one_file(self.path)
         elif not resume and (self.path.exists() or self._folder.exists()):
             refuse_foreign(self._folder)
             if self.path.is_file() or any(self._folder.iterdir()):
