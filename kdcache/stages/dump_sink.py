@@ -71,18 +71,20 @@ class ShardSink:
         self._queue.put(batch)
 
     def close(self) -> None:
-        """Waits until everything is published.
+        """Waits until everything handed over is written; a shard that is not full is dropped.
 
         Raises:
             KDCacheError: what went wrong with a batch.
         """
-        self._queue.put(None)
-        self._ended.wait()
+        self._end()
         self._raise()
 
     def drop(self) -> None:
-        """Stops without publishing the shard in hand; never raises."""
+        """Stops without writing what is queued; never raises."""
         self._dropped = True
+        self._end()
+
+    def _end(self) -> None:
         # torch raises from a signal handler when a DataLoader worker died; a thread whose `join` is interrupted in
         # this way counts as ended while it still runs (Python 3.11), so its end is an event.
         while not self._ended.is_set():

@@ -224,9 +224,10 @@ def _one_pass(dump: DumpFolder, job: Job, left: list[int], stop: StopRequest, pr
                 computed += stop_at - start
         sink.close()
     except BaseException as error:
-        sink.drop()
-        if isinstance(error, KDCacheError):
+        if isinstance(error, KDCacheError) and stop.requested:
+            sink.close()  # what was computed is stored, a shard that is not full is dropped
             _check_stop(stop)  # the signal may have ended a worker first, and this failed for want of it
+        sink.drop()
         raise
     finally:
         for shard in held:
