@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,36 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
         if not torch.cuda.is_available():
             pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture
+def count(request: pytest.FixtureRequest) -> Callable[[int, int], int]:
+    """`count(30, 300)`: how often a proof repeats itself, by default and with `--long`."""
+    return lambda short, full: full if request.config.getoption("--long") else short
+
+
+@pytest.fixture
+def proved(record_property: Callable[[str, object], None]) -> Callable[..., None]:
+    """`proved("R1", kills=300)`: what a proof of docs/reliability.md has counted, for the table at the end of a run."""
+
+    def record(promise: str, **counts: object) -> None:
+        found = ", ".join(f"{value} {name.replace('_', ' ')}" for name, value in counts.items())
+        record_property("proved", f"{promise}: {found}")
+
+    return record
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    lines = sorted(
+        f"{value}  ({report.duration:.0f} s, {report.nodeid.partition('::')[2]})"
+        for report in terminalreporter.stats.get("passed", [])
+        for name, value in report.user_properties
+        if name == "proved"
+    )
+    if lines and terminalreporter.config.getoption("--long"):
+        terminalreporter.section("what was proved")
+        for line in lines:
+            terminalreporter.line(line)
 
 
 @pytest.hookimpl(hookwrapper=True)
