@@ -42,6 +42,25 @@ def first_input(item: Any) -> Any:
     return item
 
 
+def with_input(item: Any, value: Any) -> Any:
+    """The item with another first input, of the same form.
+
+    >>> with_input(("pixels", 7), "view"), with_input({"label": 3, "x": 1}, 2), with_input("pixels", "view")
+    (('view', 7), {'label': 3, 'x': 2}, 'view')
+    """
+    if isinstance(item, Mapping):
+        for key, old in item.items():
+            if key not in NOT_INPUTS and not isinstance(old, (str, bytes)):
+                return {**item, key: value}
+        raise DataError(f"no input among the keys of this item: {', '.join(map(str, item))}")
+    if isinstance(item, (tuple, list)):
+        parts = [value, *item[1:]]
+        if isinstance(item, list):
+            return parts
+        return type(item)(*parts) if hasattr(item, "_fields") else tuple(parts)
+    return value
+
+
 def label_of(item: Any) -> Any | None:
     """The label of an item or of a collated batch, or None: element 1, or the value of a label key.
 
