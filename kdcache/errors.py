@@ -20,9 +20,15 @@ from __future__ import annotations
 
 
 class KDCacheError(Exception):
-    """Base of all errors raised by kdcache; `exit_code` is what the command line exits with."""
+    """Base of all errors raised by kdcache; `exit_code` is what the command line exits with.
+
+    Messages quote names out of files that others wrote, so what could move a terminal's cursor is escaped here.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__("\n".join(map(printable, message.split("\n"))))
 
 
 class StorageError(KDCacheError):
@@ -78,3 +84,14 @@ class InterruptedRunError(KDCacheError):
     """SIGINT or SIGTERM stopped the run at a safe point; the same command resumes it."""
 
     exit_code = 75
+
+
+def printable(text: str) -> str:
+    """The text with control and other invisible characters escaped as Python writes them, line ends included.
+
+    >>> print(printable("a name" + chr(27) + "[2J"))
+    a name\\x1b[2J
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

@@ -6,15 +6,17 @@ Commands are imported when they are named, and call torch-heavy functions throug
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import keyword
 import os
 import sys
 import traceback
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 import click
 
-from kdcache.errors import KDCacheError
+from kdcache.errors import KDCacheError, StorageError
 from kdcache.version import __version__
 from kdcache_cli.output import EMITTED, WANTS_JSON, emit
 
@@ -26,6 +28,7 @@ COMMANDS = (
     "verify",
     "merge",
     "export",
+    "import",
     "card",
     "doctor",
     "completion",
@@ -40,6 +43,11 @@ class CommandFailed(click.ClickException):
         super().__init__(message)
         self.exit_code = exit_code  # type: ignore[misc]  # click declares it for the class
 
+    def show(self, file: IO[Any] | None = None) -> None:
+        """Print the message; where stderr is a file on a full disk, the exit code alone must tell."""
+        with contextlib.suppress(OSError):
+            super().show(file)
+
 
 class CommandGroup(click.Group):
     """The commands, each from the module of its name, and the border where exceptions become exit codes."""
@@ -52,7 +60,7 @@ class CommandGroup(click.Group):
         """The command of that name, imported now; None for an unknown name."""
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = importlib.import_module(f"kdcache_cli.{cmd_name}").command
+        command: click.Command = importlib.import_module(f"kdcache_cli.{module_of(cmd_name)}").command
         return command
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -66,8 +74,14 @@ class CommandGroup(click.Group):
                 traceback.print_exc()
             failure = failure_of(error)
             if ctx.meta.get(WANTS_JSON) and not ctx.meta.get(EMITTED):
-                emit({"error": failure.message, "exit_code": failure.exit_code}, as_json=True)
+                with contextlib.suppress(StorageError):  # stdout on a full disk
+                    emit({"error": failure.message, "exit_code": failure.exit_code}, as_json=True)
             raise failure from error
+
+
+def module_of(command: str) -> str:
+    """The module of a command: `import_` for `import`, which is a word of Python's."""
+    return f"{command}_" if keyword.iskeyword(command) else command
 
 
 def failure_of(error: BaseException) -> CommandFailed:
@@ -108,5 +122,8 @@ def run() -> NoReturn:
     """The entry point of `kdcache` and of `python -m kdcache`."""
     if sys.platform == "win32":
         sys.exit("kdcache needs POSIX file locks and links, which Windows lacks. Run it under WSL.")
-    cli.main(prog_name="kdcache")
+    try:
+        cli.main(prog_name="kdcache")
+    except OSError as error:  # a help text on a full disk
+        sys.exit(f"Error: could not print: {error.strerror}; let stdout go elsewhere")
     raise AssertionError("click exits by itself")

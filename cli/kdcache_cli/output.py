@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from kdcache.errors import StorageError, printable
 from kdcache.train.ranks import discover
 
 # Keys of click's `meta`, which the contexts of one command line share.
@@ -19,14 +20,23 @@ EMITTED = "kdcache.emitted"
 
 
 def emit(result: Mapping[str, Any], *, as_json: bool, text: str | None = None) -> None:
-    """Print a result as one JSON object, or as `text` (by default: as `key: value` lines)."""
+    """Print a result as one JSON object, or as `text` (by default: as `key: value` lines).
+
+    Raises:
+        StorageError: stdout is a file on a full disk.
+    """
     context = click.get_current_context(silent=True)
     if context is not None:
         context.meta[EMITTED] = True
-    if as_json:
-        click.echo(to_json(result))
-    else:
-        click.echo(text if text is not None else "\n".join(to_lines(result)))
+    shown = to_json(result) if as_json else text if text is not None else "\n".join(to_lines(result))
+    try:
+        click.echo(shown)
+    except BrokenPipeError:
+        raise  # the reader of a pipe has gone; click ends quietly
+    except OSError as error:
+        raise StorageError(
+            f"could not print the result on stdout: {error.strerror}; what was asked for is done, let stdout go elsewhere"
+        ) from error
 
 
 def is_first_process(*, slurm: bool) -> bool:
@@ -38,19 +48,21 @@ def is_first_process(*, slurm: bool) -> bool:
 
 
 def to_json(value: Any) -> str:
-    """One line of strict JSON: paths as text, tuples as lists, NaN and infinities as null."""
-    return json.dumps(_strict(value), allow_nan=False, ensure_ascii=False)
+    """One line of strict JSON: paths as text, tuples as lists, NaN and infinities as null, invisible letters escaped."""
+    text = json.dumps(_strict(value), allow_nan=False, ensure_ascii=False)
+    return text if text.isprintable() else "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
 
 
 def to_lines(result: Mapping[str, Any], indent: str = "") -> Iterator[str]:
-    """The entries of a nested mapping, keys aligned, inner mappings indented."""
-    width = max((len(str(key)) for key, value in result.items() if not isinstance(value, Mapping)), default=0)
-    for key, value in result.items():
+    """The entries of a nested mapping, keys aligned, inner mappings indented; what a terminal would obey is escaped."""
+    shown = [(printable(str(key)), value) for key, value in result.items()]
+    width = max((len(key) for key, value in shown if not isinstance(value, Mapping)), default=0)
+    for key, value in shown:
         if isinstance(value, Mapping):
             yield f"{indent}{key}:"
             yield from to_lines(value, indent + "  ")
         else:
-            yield f"{indent}{key}: {' ' * (width - len(str(key)))}{_as_text(value)}"
+            yield f"{indent}{key}: {' ' * (width - len(key))}{printable(_as_text(value))}"
 
 
 def _as_text(value: Any) -> str:

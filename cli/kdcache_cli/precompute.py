@@ -31,6 +31,9 @@ def command(as_json: bool, **options: Any) -> None:
     asked = PrecomputeOptions(**options)  # usage errors come before torch is imported
     if asked.out is None:
         raise UsageError("--out is needed: a folder for the cache, or a name ending in .h5 for one file")
+    from kdcache.stages.asked_plan import check_path
+
+    check_path(asked.out, asked)  # so does the refusal of a path that holds another dump
     from kdcache.stages.precompute import summary
 
     result = summary(kdcache.precompute(options=asked))

@@ -104,3 +104,20 @@ def header_digest(read: Callable[[int, int], bytes], arrays: Mapping[str, ArrayL
         for offset in range(start, stop, _BUFFER_BYTES):
             state.update(read(offset, min(_BUFFER_BYTES, stop - offset)))
     return state.hexdigest()
+
+
+def payload_sha256(read: Callable[[int, int], bytes], arrays: Mapping[str, ArrayLayout]) -> str:
+    """sha256 (hex) of the payload: the arrays in file order, back to back, without padding."""
+    state = hashlib.sha256()
+    for layout in sorted(arrays.values(), key=lambda a: a.offset):
+        for offset in range(layout.offset, layout.stop, _BUFFER_BYTES):
+            state.update(read(offset, min(_BUFFER_BYTES, layout.stop - offset)))
+    return state.hexdigest()
+
+
+def file_sha256(read: Callable[[int, int], bytes], size: int) -> str:
+    """sha256 (hex) of a whole file, as `sha256sum` prints it."""
+    state = hashlib.sha256()
+    for offset in range(0, size, _BUFFER_BYTES):
+        state.update(read(offset, min(_BUFFER_BYTES, size - offset)))
+    return state.hexdigest()

@@ -34,9 +34,9 @@ class Encoding:
 
     def __post_init__(self) -> None:
         if self.name != "dense":
-            raise UsageError(f"encoding {self.name!r} is not known to this version of kdcache; known: dense")
+            raise UsageError(f"encoding {self.name!r:.80} is not known to this version of kdcache; known: dense")
         if self.dtype not in DTYPES:
-            raise UsageError(f"dtype {self.dtype!r} is not known; choose one of {', '.join(DTYPES)}")
+            raise UsageError(f"dtype {self.dtype!r:.80} is not known; choose one of {', '.join(DTYPES)}")
         if not self.row_shape or min(self.row_shape) < 1 or len(self.row_shape) > 4:
             raise UsageError(f"a row of logits has shape (C,) or (C, ...), found {self.row_shape}")
 
@@ -80,6 +80,19 @@ def bad_rows(logits: np.ndarray) -> np.ndarray:
     top = logits.max(axis=1)  # NaN propagates; +inf and a row of -inf alone show as infinite
     good = np.isfinite(top) & (top.astype(np.float64) <= FLOAT32_MAX)
     return np.flatnonzero(~good.all(axis=tuple(range(1, good.ndim))))
+
+
+def holds_nan(stored: np.ndarray) -> bool:
+    """Whether stored floats hold NaN or +inf, from their bits: two passes at memory speed, where `isnan` takes ten.
+
+    Args:
+        stored: C-contiguous float16 or float32, of any shape.
+    """
+    width = stored.dtype.itemsize
+    infinity = 0x7C00 if width == 2 else 0x7F800000
+    # As signed integers +inf and positive NaN are the largest; as unsigned ones negative NaN lies above -inf.
+    largest, highest = int(stored.view(f"<i{width}").max()), int(stored.view(f"<u{width}").max())
+    return largest >= infinity or highest > infinity | 1 << (8 * width - 1)
 
 
 def encode(encoding: Encoding, logits: np.ndarray) -> EncodedRows:

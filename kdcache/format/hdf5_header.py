@@ -33,8 +33,6 @@ from kdcache.format.lookup3 import lookup3
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
 
-MAX_CHUNK_ROWS = 256
-_TARGET_CHUNK_BYTES = 1 << 20
 _HDF5_CHUNK_LIMIT_BYTES = 1 << 32
 _MAX_FILE_BYTES = 1 << 60
 _LIBVER = ("v110", "v110")
@@ -93,12 +91,6 @@ def build_layout(specs: Sequence[ArraySpec], rows: int, attribute: str) -> FileL
     return FileLayout(image.size, parsed.arrays, image.pieces())
 
 
-def chunk_rows(row_bytes: int, rows: int) -> int:
-    """Rows in one HDF5 chunk: a power of two up to 256 that keeps it at about 1 MiB, but never more than there are."""
-    fitting = max(1, _TARGET_CHUNK_BYTES // row_bytes)
-    return min(MAX_CHUNK_ROWS, 1 << (fitting.bit_length() - 1), rows)
-
-
 def _checked_attribute(attribute: str) -> bytes:
     try:
         text = attribute.encode()
@@ -136,7 +128,7 @@ def _check_specs(specs: Sequence[ArraySpec], rows: int) -> None:
             )
         if spec.row_bytes >= _HDF5_CHUNK_LIMIT_BYTES:
             raise UsageError(f"Array {spec.name!r} has rows of {spec.row_bytes} bytes; HDF5 stores less than 4 GiB.")
-        total += (rows + MAX_CHUNK_ROWS) * spec.row_bytes
+        total += (rows + messages.MAX_CHUNK_ROWS) * spec.row_bytes
     if total > _MAX_FILE_BYTES:
         raise UsageError(f"{rows} rows would need {total} bytes, more than one file can hold. Use more shards.")
 
@@ -197,7 +189,7 @@ def _write_attribute(image: _SparseImage, text: bytes) -> None:
 def _create_array(image: _SparseImage, spec: ArraySpec, rows: int) -> None:
     """Add one data set: chunks allocated now, next to each other, and never filled, so nothing is written."""
     shape = spec.shape(rows)
-    chunk = (chunk_rows(spec.row_bytes, rows), *spec.row_shape)
+    chunk = (messages.chunk_rows(spec.row_bytes, rows), *spec.row_shape)
     properties = h5p.create(h5p.DATASET_CREATE)
     properties.set_chunk(chunk)
     properties.set_alloc_time(h5d.ALLOC_TIME_EARLY)

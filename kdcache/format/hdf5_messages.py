@@ -22,12 +22,31 @@ LARGE_ARRAY_BYTES = 1 << 20
 LARGE_ALIGNMENT = 65_536
 PAGED_ARRAY_BYTES = 1 << 14
 PAGE_ALIGNMENT = 4096
+MAX_CHUNK_ROWS = 256
+_TARGET_CHUNK_BYTES = 1 << 20
 MAX_ATTRIBUTE_BYTES = 60_000  # HDF5 moves attributes of 64 KiB and more to dense storage
 MAX_ROW_DIMENSIONS = 7
 ATTRIBUTE_NAME = "kdcache"
 
 NIL, DATASPACE, LINK_INFO, DATATYPE, FILL_VALUE, LINK = 0x00, 0x01, 0x02, 0x03, 0x05, 0x06
 LAYOUT, GROUP_INFO, ATTRIBUTE, ATTRIBUTE_INFO = 0x08, 0x0A, 0x0C, 0x15
+
+# What refusals call things that our writer never uses (IV.A.2, IV.A.2.d, IV.A.2.g, IV.A.2.i).
+MESSAGE_NAMES = {
+    **{DATASPACE: "dataspace", LINK_INFO: "link info", DATATYPE: "datatype", 0x04: "old fill value"},
+    **{FILL_VALUE: "fill value", LINK: "link", 0x07: "external files", LAYOUT: "layout", GROUP_INFO: "group info"},
+    **{0x0B: "filters", ATTRIBUTE: "attribute", 0x0D: "comment", 0x0E: "old time", 0x0F: "shared messages"},
+    **{0x10: "continuation", 0x11: "symbol table", 0x12: "time", ATTRIBUTE_INFO: "attribute info"},
+    0x16: "reference count",
+}
+_TYPE_CLASSES = (
+    *("integer", "float", "time", "string", "bit field", "opaque"),
+    *("compound", "reference", "enum", "variable-length", "array"),
+)
+_STORAGE_CLASSES = ("compact", "contiguous", "chunked", "virtual")
+_ALLOCATION_TIMES = ("by default", "early", "late", "incrementally")
+_FILL_TIMES = ("on allocation", "never", "where one is set", "at times unknown")
+_LINK_KINDS = {1: "a soft link", 64: "an external link"}
 
 NAME = re.compile(r"[a-z0-9_]{1,64}")
 
@@ -115,22 +134,37 @@ def decode_datatype(body: bytes) -> str:
     """Datatype message (IV.A.2.d) as a NumPy dtype string: one of `NUMERIC_DTYPES`, or `|S<n>`."""
     if body in _DATATYPES:
         return _DATATYPES[body]
-    require(len(body) == 8 and body[:4] == _ASCII_STRING, f"element type {body[:12].hex()} is not one of format 1")
+    known = len(body) == 8 and body[:4] == _ASCII_STRING
+    require(known, f"element type {body[:12].hex()} ({type_class(body)}) is not one of format 1")
     length = int.from_bytes(body[4:], "little")
     require(0 < length < 1 << 31, f"strings of {length} bytes")
     return f"|S{length}"
 
 
+def type_class(body: bytes) -> str:
+    """What kind of type a datatype message describes, for a refusal; big-endian numbers are called that."""
+    number = body[0] & 0x0F if body else -1
+    name = _TYPE_CLASSES[number] if 0 <= number < len(_TYPE_CLASSES) else f"class {number}"
+    return f"big-endian {name}" if name in ("integer", "float") and len(body) > 1 and body[1] & 0x41 else name
+
+
 def check_fill_value(body: bytes) -> None:
     """Fill Value message, version 3 (IV.A.2.f): space allocated early, fill never written, none defined."""
-    require(body == b"\x03\x05", "fill value is not (allocated early, never filled)")
+    require(len(body) >= 2 and body[0] == 3, "fill value message is not of version 3")
+    allocated, filled = body[1] & 3, body[1] >> 2 & 3
+    require(allocated == 1, f"fill value: space is allocated {_ALLOCATION_TIMES[allocated]}, not early")
+    require(not body[1] & 0x20, "fill value is defined")
+    require(filled == 1, f"fill value is written {_FILL_TIMES[filled]}, not never")
+    require(body == b"\x03\x05", "fill value message is malformed")
 
 
 def decode_layout(body: bytes) -> ChunkLayout:
     """Data Layout message, version 4 (IV.A.2.i): chunked, unfiltered, with a single-chunk or implicit index."""
     cursor = Cursor(body, "the layout message")
-    require(cursor.uint(1) == 4, "layout version is not 4")
-    require(cursor.uint(1) == 2, "array is not chunked (compact, contiguous and virtual arrays are refused)")
+    version, storage = cursor.uint(1), cursor.uint(1)
+    name = _STORAGE_CLASSES[storage] if storage < len(_STORAGE_CLASSES) else f"of storage class {storage}"
+    require(version == 4, f"layout version is {version} ({name}), not 4")
+    require(storage == 2, f"array is not chunked but {name}")
     require(cursor.uint(1) == 0, "chunks are filtered or partial")
     dimensions, width = cursor.uint(1), cursor.uint(1)
     require(2 <= dimensions <= 2 + MAX_ROW_DIMENSIONS and 1 <= width <= 8, "chunk shape is malformed")
@@ -148,7 +182,9 @@ def decode_link(body: bytes) -> tuple[str, int]:
     cursor = Cursor(body, "the link message")
     require(cursor.uint(1) == 1, "link version is not 1")
     flags = cursor.uint(1)
-    require(not flags & 0x08, "soft, external or user-defined link")
+    if flags & 0x08:
+        kind = cursor.uint(1)
+        raise Refusal(f"{_LINK_KINDS.get(kind, f'a user-defined link of class {kind}')} where only hard links may be")
     require(flags == 0, f"link flags are {flags:#x}, not 0")
     raw = cursor.take(cursor.uint(1))
     name = raw.decode("latin-1")
@@ -182,7 +218,8 @@ def decode_attribute(body: bytes) -> str:
     name = cursor.take(name_bytes)
     require(name == ATTRIBUTE_NAME.encode() + b"\0", f"attribute {name[:70]!r} (only {ATTRIBUTE_NAME!r} is allowed)")
     datatype = cursor.take(type_bytes)
-    require(len(datatype) == 8 and datatype[:4] == _UTF8_STRING, "attribute is not a fixed-length UTF-8 text")
+    is_text = len(datatype) == 8 and datatype[:4] == _UTF8_STRING
+    require(is_text, f"attribute is not a fixed-length UTF-8 text but {datatype[:8].hex()} ({type_class(datatype)})")
     require(decode_dataspace(cursor.take(space_bytes)) == (), "attribute is not a scalar")
     length = int.from_bytes(datatype[4:], "little")
     require(0 < length < MAX_ATTRIBUTE_BYTES, f"attribute of {length} bytes (below {MAX_ATTRIBUTE_BYTES} are allowed)")
@@ -193,6 +230,12 @@ def decode_attribute(body: bytes) -> str:
         return text.decode()
     except UnicodeDecodeError:
         raise Refusal("attribute text is not UTF-8") from None
+
+
+def chunk_rows(row_bytes: int, rows: int) -> int:
+    """Rows in one HDF5 chunk: a power of two up to 256 that keeps it at about 1 MiB, but never more than there are."""
+    fitting = max(1, _TARGET_CHUNK_BYTES // row_bytes)
+    return min(MAX_CHUNK_ROWS, 1 << (fitting.bit_length() - 1), rows)
 
 
 def stored_bytes(shape: tuple[int, ...], chunk_rows: int, item_bytes: int) -> int:

@@ -8,6 +8,7 @@ checksums. The sections named are those of the HDF5 File Format Specification Ve
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,12 +22,14 @@ from kdcache.format.lookup3 import lookup3
 
 SUPERBLOCK_BYTES = 48
 MAX_ARRAYS = 32
+_MAX_GAP_BYTES = 1 << 17  # two alignments; what lies between is hashed when a cache is opened
 _MAX_METADATA_BYTES = 1 << 17  # the largest file that our writer makes needs 80,000
 _PREFIX_BYTES = 8  # of an object header: signature, version, flags, size of its messages
 _MESSAGE_HEADER_BYTES = 4
 _CHECKSUM_BYTES = 4
 
-# Flags that our writer sets on each message (IV.A.1.b: 1 constant, 4 never shared); bit 1, shared, occurs nowhere.
+# Flags that our writer sets on each message (IV.A.1.b: 1 constant, 4 never shared).
+_SHARED = 2
 _ROOT_FLAGS = {
     messages.NIL: 0,
     messages.LINK_INFO: 0,
@@ -43,7 +46,7 @@ _ARRAY_FLAGS = {
     messages.LAYOUT: 1,
 }
 
-_Messages = list[tuple[int, bytes]]
+_Messages = list[tuple[int, int, bytes]]
 
 
 @dataclass(frozen=True)
@@ -104,8 +107,9 @@ class _Parser:
                 raise Refusal(f"array {name!r}: {refusal}") from None
         rows = {array.rows for array in arrays}
         require(len(rows) == 1, f"arrays have different numbers of rows: {sorted(rows)[:4]}")
-        for (_, stop), (start, _) in pairwise(sorted(self._spans)):
+        for (_, stop), (start, _) in pairwise([*sorted(self._spans), (self._size, self._size)]):
             require(stop <= start, f"two things overlap at byte {start}")
+            require(start - stop <= _MAX_GAP_BYTES, f"{start - stop} bytes from byte {stop} on belong to nothing")
         arrays.sort(key=lambda array: array.offset)
         payload = {array.offset for array in arrays}
         headers = tuple(sorted(span for span in self._spans if span[0] not in payload))
@@ -134,7 +138,8 @@ class _Parser:
         self._claim(0, SUPERBLOCK_BYTES)
         cursor = Cursor(block, "the superblock")
         cursor.expect(messages.SIGNATURE, "no HDF5 signature at byte 0: not a cache")
-        cursor.expect(b"\x03", "superblock version is not 3")
+        version = cursor.uint(1)
+        require(version == 3, f"superblock version is {version}, not 3")
         cursor.expect(b"\x08\x08", "addresses or lengths are not of 8 bytes")
         cursor.expect(b"\x00", "superblock flags are set (left open by a writer)")
         base, extension, end, root = (cursor.uint(8) for _ in range(4))
@@ -149,7 +154,7 @@ class _Parser:
         links: dict[str, int] = {}
         attributes: list[str] = []
         once: set[int] = set()
-        for kind, body in self._header(address, "the root group", _ROOT_FLAGS):
+        for kind, flags, body in self._header(address, "the root group", _ROOT_FLAGS):
             if kind == messages.LINK:
                 name, target = messages.decode_link(body)
                 require(name not in links, f"two arrays are called {name!r}")
@@ -160,6 +165,7 @@ class _Parser:
                 require(kind not in once, f"message {kind:#x} of the root group is repeated")
                 once.add(kind)
                 _ROOT_CHECKS[kind](body)
+            _check_flags(kind, flags, _ROOT_FLAGS)
         require(len(attributes) == 1, f"{len(attributes)} root attributes instead of one")
         require(once == set(_ROOT_CHECKS), "the root group lacks a message")
         require(0 < len(links) <= MAX_ARRAYS, f"{len(links)} arrays, 1 to {MAX_ARRAYS} are allowed")
@@ -168,19 +174,23 @@ class _Parser:
     def _array(self, name: str, address: int) -> ArrayLayout:
         """Where one array lies, from its data set's header; its bytes are claimed."""
         found: dict[int, bytes] = {}
-        for kind, body in self._header(address, "the array", _ARRAY_FLAGS):
+        found_flags: dict[int, int] = {}
+        for kind, flags, body in self._header(address, "the array", _ARRAY_FLAGS):
             require(kind not in found, f"message {kind:#x} is repeated")
-            found[kind] = body
+            found[kind], found_flags[kind] = body, flags
         require(set(found) == set(_ARRAY_FLAGS) - {messages.NIL}, "a message is missing")
         shape = messages.decode_dataspace(found[messages.DATASPACE])
+        require(len(shape) > 0 and all(shape), f"shape {shape} is empty or scalar")
         dtype = messages.decode_datatype(found[messages.DATATYPE])
         messages.check_fill_value(found[messages.FILL_VALUE])
         layout = messages.decode_layout(found[messages.LAYOUT])
+        for kind, flags in found_flags.items():  # last: the content tells more than its flags do
+            _check_flags(kind, flags, _ARRAY_FLAGS)
 
         item_bytes = messages.item_bytes_of(dtype)
-        require(len(shape) > 0 and all(shape), f"shape {shape} is empty or scalar")
         require(layout.item_bytes == item_bytes, f"chunks have elements of {layout.item_bytes} bytes, not {item_bytes}")
-        require(layout.chunk[1:] == shape[1:] and layout.chunk[0] <= shape[0], f"chunk {layout.chunk} of {shape}")
+        chunk = (messages.chunk_rows(item_bytes * math.prod(shape[1:]), shape[0]), *shape[1:])
+        require(layout.chunk == chunk, f"chunk {layout.chunk} of {shape}, expected {chunk}")
         require(layout.single == (layout.chunk == shape), "chunk index does not fit the number of chunks")
         length = messages.stored_bytes(shape, layout.chunk[0], item_bytes)
         self._claim(layout.offset, length)
@@ -190,30 +200,41 @@ class _Parser:
     def _header(self, address: int, what: str, allowed: dict[int, int]) -> _Messages:
         """Messages of an object header, version 2 (IV.A.1.b), its checksum compared; continued headers are refused.
 
-        `allowed` maps the types of message that may occur to the flags they must have; padding is left out.
+        (type, flags, body) of each, padding left out; `allowed` has the types of message that may occur.
         """
         prefix = Cursor(self._fetch(address, _PREFIX_BYTES), f"the header of {what}")
         prefix.expect(b"OHDR\x02", f"no version 2 header of {what} at byte {address}")
+        flags = prefix.uint(1)
         # Flags 1: the size has two bytes. Times, attribute order and thresholds would set others: never written.
-        prefix.expect(b"\x01", f"header flags of {what} are not 1 (times, attribute order or thresholds)")
+        require(flags == 1, f"header flags of {what} are {flags:#x}, not 1 (times, attribute order or thresholds)")
         block = self._fetch(address, _PREFIX_BYTES + prefix.uint(2) + _CHECKSUM_BYTES)
         _check_sum(block, f"the header of {what}")
         self._claim(address, len(block))
         cursor = Cursor(block[_PREFIX_BYTES:-_CHECKSUM_BYTES], f"the header of {what}")
         found: _Messages = []
         # HDF5 leaves a gap that is too small for a message as zeros at the end.
+        is_padded = False
         while cursor.left >= _MESSAGE_HEADER_BYTES:
             kind, length, message_flags = cursor.uint(1), cursor.uint(2), cursor.uint(1)
             body = cursor.take(length)
-            require(kind in allowed, f"unexpected message {kind:#x} in the header of {what}")
-            require(message_flags == allowed[kind], f"flags {message_flags:#x} on message {kind:#x} of {what}")
+            name = messages.MESSAGE_NAMES.get(kind, "unknown")
+            require(kind in allowed, f"unexpected message {kind:#x} ({name}) in the header of {what}")
+            require(not message_flags & _SHARED, f"message {kind:#x} ({name}) of {what} is shared: it lies elsewhere")
             if kind == messages.NIL:
+                _check_flags(kind, message_flags, allowed)
+                is_padded = True
                 # Otherwise a changed type byte would make an array vanish.
                 require(not any(body), f"padding in the header of {what} is not zero")
             else:
-                found.append((kind, body))
+                found.append((kind, message_flags, body))
+        # libhdf5 takes a gap only where there is no padding that could have filled it.
+        require(not (cursor.left and is_padded), f"a gap and padding in the header of {what}")
         require(not any(cursor.take(cursor.left)), f"bytes behind the messages in the header of {what}")
         return found
+
+
+def _check_flags(kind: int, flags: int, allowed: dict[int, int]) -> None:
+    require(flags == allowed[kind], f"flags {flags:#x} on message {kind:#x} ({messages.MESSAGE_NAMES.get(kind)})")
 
 
 def _check_sum(block: bytes, what: str) -> None:

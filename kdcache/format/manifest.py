@@ -13,15 +13,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from kdcache.errors import CorruptCacheError
+from kdcache.errors import CorruptCacheError, UsageError
 from kdcache.format.arrays import ArrayLayout
 from kdcache.format.identity import canonical_json, fingerprint
-from kdcache.format.schema import FORMAT_VERSION, MAX_VIEWS, RowSchema, schema_from_json
+from kdcache.format.schema import FORMAT_VERSION, MAX_ROWS, MAX_VIEWS, RowSchema, schema_from_json
 from kdcache.format.strict_json import load_json
 
 CLASSES_FILE = "classes.json"
 MAX_INLINE_NAMES_BYTES = 65_536
-SHARD_NAME = re.compile(r"v\d{3,5}-\d{5,9}\.h5")
+MAX_CLASS_NAMES = 500_000
+MAX_CLASS_NAMES_BYTES = 8 << 20
+MAX_SHARDS = 8192  # a manifest of that many is read in 0.6 s; 2 TiB in shards of the default size
+_DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z")
+SHARD_NAME = re.compile(r"v[0-9]{3,5}-[0-9]{5,9}\.h5")
 _OBJECTS = ("teacher", "data", "precision", "versions")
 HEX64 = re.compile(r"[0-9a-f]{64}")
 
@@ -41,7 +45,19 @@ class ClassList:
 
     @staticmethod
     def of(count: int, names: tuple[str, ...] | None) -> ClassList:
-        """The list with its hash."""
+        """The list with its hash.
+
+        Raises:
+            UsageError: more names than a reader takes, or a name that is not Unicode text.
+        """
+        if names is not None and (len(names) > MAX_CLASS_NAMES or _bytes_of(names) > MAX_CLASS_NAMES_BYTES):
+            raise UsageError(
+                f"{len(names)} class names of {_bytes_of(names)} bytes: a cache holds at most {MAX_CLASS_NAMES} of "
+                f"{MAX_CLASS_NAMES_BYTES} bytes; pass their number instead, and keep the names beside the cache"
+            )
+        wrong = [n for n in names or () if not n.isascii() and any("\ud800" <= letter <= "\udfff" for letter in n)]
+        if wrong:
+            raise UsageError(f"the class name {wrong[0]!r:.80} is not Unicode text; rename it")
         return ClassList(count, names, fingerprint(list(names)) if names is not None else None)
 
     def to_json(self, *, with_names: bool = True) -> dict[str, Any]:
@@ -58,6 +74,10 @@ class ClassList:
             return None
         text = canonical_json(list(self.names)).encode()
         return text if len(text) > MAX_INLINE_NAMES_BYTES else None
+
+
+def _bytes_of(names: tuple[str, ...]) -> int:
+    return len(canonical_json(list(names)))
 
 
 @dataclass(frozen=True)
@@ -162,15 +182,17 @@ def parse_manifest(text: bytes, *, where: str) -> Manifest:
         raise CorruptCacheError(f"{where}: views must be a list of numbers below {MAX_VIEWS}")
     if views != sorted(set(views)):
         raise CorruptCacheError(f"{where}: views must ascend")
+    if samples * len(views) > MAX_ROWS:
+        raise CorruptCacheError(f"{where}: {samples} samples x {len(views)} views are more than {MAX_ROWS} rows")
     shards = value.get("shards")
-    if not isinstance(shards, list):
-        raise CorruptCacheError(f"{where}: shards must be a list")
+    if not isinstance(shards, list) or len(shards) > MAX_SHARDS:
+        raise CorruptCacheError(f"{where}: shards must be a list of at most {MAX_SHARDS}")
     records = tuple(parse_shard(s, schema, where=f"{where}, shard {i}") for i, s in enumerate(shards))
     _check_ranges(records, tuple(views), samples, shard_rows, where=where)
     provenance = parse_provenance(value.get("provenance"), where=where)
     created, predecessor = value.get("created"), value.get("predecessor")
-    if created is not None and not isinstance(created, str):
-        raise CorruptCacheError(f"{where}: created must be text")
+    if created is not None and not (isinstance(created, str) and _DATE.fullmatch(created)):
+        raise CorruptCacheError(f"{where}: created is {created!r:.50}, not a date such as 2024-01-01T00:00:00Z")
     if predecessor is not None and not (isinstance(predecessor, str) and HEX64.fullmatch(predecessor)):
         raise CorruptCacheError(f"{where}: predecessor must be a root hash")
     classes = parse_classes(value.get("classes"), schema, where=where)
@@ -225,7 +247,8 @@ def parse_classes(value: Any, schema: RowSchema, *, where: str) -> ClassList:
     Raises:
         CorruptCacheError: a count that is not the encoding's, or names that do not match their hash.
     """
-    if not isinstance(value, dict) or value.get("count") != schema.encoding.num_classes:
+    count = value.get("count") if isinstance(value, dict) else None
+    if not isinstance(value, dict) or type(count) is not int or count != schema.encoding.num_classes:
         raise CorruptCacheError(f"{where}: the class count does not match the encoding's {schema.encoding.num_classes}")
     names, sha256 = value.get("names"), value.get("sha256")
     if sha256 is not None and not (isinstance(sha256, str) and HEX64.fullmatch(sha256)):
@@ -287,10 +310,15 @@ def _parse_arrays(value: Any, *, where: str) -> dict[str, ArrayLayout]:
     arrays = {}
     for name, entry in value.items():
         shaped = isinstance(entry, list) and len(entry) == 3 and type(entry[0]) is int and isinstance(entry[1], str)
-        if not shaped or not isinstance(entry[2], list) or not all(type(n) is int and 0 <= n < 2**48 for n in entry[2]):
+        if not shaped or not isinstance(entry[2], list) or not _is_shape(entry[2]):
             raise CorruptCacheError(f"{where}: array {name!r:.80} needs [offset, type, shape]")
         arrays[name] = ArrayLayout(name, entry[1], tuple(entry[2]), entry[0])
     return arrays
+
+
+def _is_shape(value: list[Any]) -> bool:
+    """Whether it is a list of one or more integers from 0 to 2**48 - 1; a manifest has up to 60,000 of them."""
+    return {int} == set(map(type, value)) and min(value) >= 0 and max(value) < 2**48
 
 
 def _check_ranges(

@@ -10,19 +10,23 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
 from kdcache.errors import CorruptCacheError, UsageError
 from kdcache.format.arrays import ArrayLayout, ArraySpec
 from kdcache.format.encodings import Encoding, encoding_from_json
+from kdcache.format.hdf5_messages import PAGED_ARRAY_BYTES, alignment
 
 FORMAT_VERSION = 1
 MAX_ATTRIBUTE_BYTES = 60_000
 MAX_VIEWS = 65_536
 MAX_ROWS = 2**48 - 1
 CRC_ARRAY = "row_crc"
-_ID_DTYPE = re.compile(r"<i8|\|S([1-9]\d{0,3})")
+MAX_ROW_BYTES = 1 << 32
+MAX_GAP_BYTES = 2 << 20
+_ID_DTYPE = re.compile(r"<i8|\|S([1-9][0-9]{0,3})")
 
 
 @dataclass(frozen=True)
@@ -33,17 +37,24 @@ class RowSchema:
     id_dtype: str
     has_labels: bool
     has_digests: bool
+    is_mixed: bool = False
 
-    @property
+    @cached_property
     def specs(self) -> tuple[ArraySpec, ...]:
         """All arrays of a shard in file order."""
         optional = []
         if self.has_labels:
             optional.append(ArraySpec("label", "<i8"))
+        if self.is_mixed:
+            optional += [ArraySpec("label_b", "<i8"), ArraySpec("mix_ratio", "<f4")]
         if self.has_digests:
             optional.append(ArraySpec("input_digest", "<u8"))
         fixed = (ArraySpec("view", "<u2"), ArraySpec(CRC_ARRAY, "<u4"))
         return (*self.encoding.specs, ArraySpec("sample_id", self.id_dtype), *optional, *fixed)
+
+    @cached_property
+    def _by_name(self) -> dict[str, ArraySpec]:
+        return {spec.name: spec for spec in self.specs}
 
     @property
     def crc_names(self) -> tuple[str, ...]:
@@ -69,37 +80,45 @@ class RowSchema:
             "id": self.id_dtype,
             "labels": self.has_labels,
             "digests": self.has_digests,
+            **({"mixed": True} if self.is_mixed else {}),
         }
 
     def check_arrays(self, arrays: Mapping[str, ArrayLayout], rows: int, size: int, *, where: str) -> None:
         """Refuses a layout that is not this schema's: names, types, shapes, ranges inside the file.
 
+        And what our writer would not lay out: an array that cannot be mapped where it starts (it would be copied into
+        memory), or a gap beyond the padding of a chunk and the headers (all of it is hashed when the file is opened).
+
         Raises:
             CorruptCacheError: naming the array and what is wrong with it.
         """
-        expected = {s.name: s for s in self.specs}
-        if set(arrays) != set(expected):
-            raise CorruptCacheError(f"{where}: arrays {sorted(arrays)}, expected {sorted(expected)}")
-        spans = []
+        expected = self._by_name
+        if arrays.keys() != expected.keys():
+            raise CorruptCacheError(f"{where}: arrays {sorted(arrays)!r:.200}, expected {sorted(expected)}")
+        spans = [(0, 0, "")]
         for name, layout in arrays.items():
             spec = expected[name]
             if layout.dtype != spec.dtype or layout.shape != spec.shape(rows):
-                found = f"{layout.dtype} {layout.shape}"
+                found = f"{layout.dtype!r:.30} {layout.shape!r:.80}"
                 raise CorruptCacheError(f"{where}: array {name} is {found}, expected {spec.dtype} {spec.shape(rows)}")
-            if layout.offset < 0 or layout.stop > size:
+            start, stop = layout.offset, layout.stop
+            if start < 0 or stop > size:
                 raise CorruptCacheError(f"{where}: array {name} lies outside the file of {size} bytes")
-            spans.append((layout.offset, layout.stop, name))
-        spans.sort()
-        for (_, stop, first), (start, _, second) in pairwise(spans):
+            if stop - start >= PAGED_ARRAY_BYTES and start % alignment(stop - start):
+                raise CorruptCacheError(f"{where}: array {name} starts at byte {start}, which is misaligned")
+            spans.append((start, stop, name))
+        for (_, stop, first), (start, _, second) in pairwise([*sorted(spans), (size, size, "")]):
             if start < stop:
                 raise CorruptCacheError(f"{where}: arrays {first} and {second} overlap")
+            if start - stop > MAX_GAP_BYTES:
+                raise CorruptCacheError(f"{where}: {start - stop} bytes from byte {stop} on belong to no array")
 
 
 def schema_from_json(value: Mapping[str, Any], *, where: str) -> RowSchema:
     """The schema that a header or manifest describes.
 
     Raises:
-        CorruptCacheError: a field is missing or of another type, or the encoding is not known.
+        CorruptCacheError: a field is missing or of another type, the encoding is not known, or its rows are too long.
     """
     try:
         encoding = encoding_from_json(value["encoding"])
@@ -113,4 +132,9 @@ def schema_from_json(value: Mapping[str, Any], *, where: str) -> RowSchema:
         raise CorruptCacheError(f"{where}: sample ids of type {id_dtype!r:.50}, expected <i8 or |S1 to |S1024")
     if type(labels) is not bool or type(digests) is not bool:
         raise CorruptCacheError(f"{where}: labels and digests must be true or false")
-    return RowSchema(encoding, id_dtype, labels, digests)
+    if "mixed" in value and (value["mixed"] is not True or not labels):
+        raise CorruptCacheError(f"{where}: mixed stands there only as true, and only beside labels")
+    schema = RowSchema(encoding, id_dtype, labels, digests, "mixed" in value)
+    if schema.row_bytes >= MAX_ROW_BYTES:
+        raise CorruptCacheError(f"{where}: a row of {schema.row_bytes} bytes, HDF5 stores less than {MAX_ROW_BYTES}")
+    return schema

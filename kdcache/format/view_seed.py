@@ -18,7 +18,11 @@ MAX_SEED = 2**63 - 1
 
 
 def view_seed(
-    seed: int, sample_id: int | bytes | np.integer | np.bytes_, view: int, *, purpose: Literal["view", "mix"] = "view"
+    seed: int,
+    sample_id: int | bytes | np.integer | np.bytes_,
+    view: int,
+    *,
+    purpose: Literal["view", "mix", "choice"] = "view",
 ) -> bytes:
     """32 bytes: BLAKE2b of the cache's seed, the view and the id, personalised with what they are for.
 
@@ -29,7 +33,8 @@ def view_seed(
         seed: of the cache, 0 to 2**63 - 1.
         sample_id: as the cache stores it.
         view: 0 to 2**32 - 1; caches hold views below 65,536, a student without a cache draws a new one each epoch.
-        purpose: "view" for the augmentation, "mix" for partner and ratio of MixUp and CutMix.
+        purpose: "view" for the augmentation, "mix" for partner and ratio of MixUp and CutMix, "choice" for which view
+            an access takes at random.
 
     Raises:
         UsageError: a seed or a view out of range.

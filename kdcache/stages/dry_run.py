@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kdcache.stages.dump_feed import Claim, ShardBatches, batches, worker_deaths
-from kdcache.stages.dump_plan import Job, forward, free_bytes, planned_bytes
+from kdcache.stages.dump_plan import Job, forward
+from kdcache.stages.preflight import free_bytes, planned_bytes
 from kdcache.train.encode import encode
 
 _MEASURE_SECONDS = 2.0
@@ -48,8 +49,9 @@ def measure(job: Job, out: Path) -> DryRun:
     """Runs the teacher for about two seconds and extrapolates; writes nothing."""
     plan, options = job.plan, job.options
     rows = (plan.samples or 0) * len(plan.views)
-    given = iter([Claim(0, 0, 0, rows)])
-    sampler = ShardBatches(lambda: next(given, None), options.batch_size)
+    samples = plan.samples or 0
+    given = iter([Claim(view, 0, 0, samples) for view in plan.views])
+    sampler = ShardBatches(lambda: next(given, None), options.batch_size, samples)
     begun, elapsed, forwarded, done = time.perf_counter(), 0.0, 0.0, 0
     feed = batches(job.items, sampler, workers=options.workers, pin_memory=job.device.type == "cuda")
     with worker_deaths(), closing(feed):

@@ -1,7 +1,8 @@
 """What a dump reads: items with their labels and digests, in batches that never cross a shard's border.
 
 One DataLoader serves a whole run. Its batch sampler takes the next free shard only when it needs one, so
-processes share the work without talking, and a kill costs the shards whose batches were under way.
+processes share the work without talking. Workers load ahead, across the border of a shard: a kill costs what they
+have loaded, and of the teacher's work the shard in hand alone (`ShardSink.begin`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from kdcache.format.identity import input_digest, show_id
 from kdcache.stages.devices import torch_threads
 from kdcache.stages.signals import shield_worker
 from kdcache.stages.specs import one_line
-from kdcache.train.items import NOT_INPUTS, first_input, label_of, load_items
+from kdcache.train.items import NOT_INPUTS, first_input, label_of
+from kdcache.train.replay import Replay
+from kdcache.train.viewed import Viewed, ViewedItems
 
 
 @dataclass(frozen=True)
@@ -36,11 +39,21 @@ class Claim:
 
 @dataclass(frozen=True, eq=False)
 class Fed:
-    """A batch: collated inputs of the teacher, labels (N,) int64 (None: the data has none), digests (N,) uint64."""
+    """A batch.
+
+    Attributes:
+        inputs: of the teacher, collated.
+        labels: (N,) int64; None: the data has none.
+        digests: (N,) uint64.
+        label_b: (N,) int64, the partners' labels; None where nothing is mixed.
+        mix_ratio: (N,) float32, with `label_b`.
+    """
 
     inputs: Any
     labels: np.ndarray | None
     digests: np.ndarray
+    label_b: np.ndarray | None = None
+    mix_ratio: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -52,24 +65,35 @@ class _Failure:
 
 
 class DumpItems(Dataset[Any]):
-    """Items (input after the teacher's transform, label or None, digest) of the samples of a dump.
+    """What the rows of a dump are made of, and stored with: input, label, digest, and labels of mixed views.
+
+    Item `view * N + place` is sample `place` in a view.
 
     Args:
         dataset: the user's.
-        sample_ids: (N,) to name a sample in an error.
-        transform: from the data set's input to the teacher's; None leaves it.
+        sample_ids: (N,) of its samples.
+        transform: from the shared view (without augmentation: the data set's input) to the teacher's input; None
+            leaves it.
+        replay: what makes the shared views, if anything.
     """
 
-    def __init__(self, dataset: Any, sample_ids: np.ndarray, transform: Callable[[Any], Any] | None) -> None:
+    def __init__(
+        self,
+        dataset: Any,
+        sample_ids: np.ndarray,
+        transform: Callable[[Any], Any] | None,
+        replay: Replay | None = None,
+    ) -> None:
         self._dataset = dataset
         self._sample_ids = sample_ids
         self._transform = transform
+        self._viewed = ViewedItems(dataset, sample_ids, replay)
 
     def __len__(self) -> int:
         return len(self._sample_ids)
 
     def __getitem__(self, index: int) -> Any:
-        return self._guarded(index, lambda: self._dataset[index])
+        return self._guarded(index, lambda: self._load([index])[0])
 
     def __getitems__(self, indices: list[int]) -> list[Any]:
         """The items of a batch, computed by one thread, here as in a DataLoader worker."""
@@ -77,20 +101,28 @@ class DumpItems(Dataset[Any]):
             if not callable(getattr(self._dataset, "__getitems__", None)):
                 return [self[index] for index in indices]
             try:
-                items = load_items(self._dataset, indices)
+                loaded = self._load(indices)
             except KDCacheError as error:
-                return [_failure(error, self._sample_ids[indices[0]])]
+                return [self._failure(error, indices[0])]
             except Exception:  # of which sample? One by one, the failing one names itself.
                 return [self[index] for index in indices]
-            return [self._guarded(index, partial(_same, item)) for index, item in zip(indices, items, strict=True)]
+            return [self._guarded(index, partial(_same, seen)) for index, seen in zip(indices, loaded, strict=True)]
 
-    def _guarded(self, index: int, load: Callable[[], Any]) -> Any:
+    def _load(self, indices: list[int]) -> list[Viewed]:
+        views, places = np.divmod(np.asarray(indices, np.int64), len(self._sample_ids))
+        return self._viewed.load(places.tolist(), views.tolist())
+
+    def _guarded(self, index: int, load: Callable[[], Viewed]) -> Any:
         try:
-            item = load()
-            digest = input_digest(first_input(item))
-            return self._teacher_input(item), plain_label(label_of(item)), digest
+            seen = load()
+            digest = input_digest(first_input(seen.item))
+            label = plain_label(label_of(seen.item))
+            return self._teacher_input(seen.item), label, digest, seen.label_b, seen.mix_ratio
         except Exception as error:
-            return _failure(error, self._sample_ids[index])
+            return self._failure(error, index)
+
+    def _failure(self, error: Exception, index: int) -> _Failure:
+        return _failure(error, self._sample_ids[index % len(self._sample_ids)])
 
     def _teacher_input(self, item: Any) -> Any:
         if isinstance(item, dict):
@@ -101,11 +133,18 @@ class DumpItems(Dataset[Any]):
 
 
 class ShardBatches(Sampler[list[int]]):
-    """Batches of indices, shard by shard, of the shards that `claim` gives until it gives None."""
+    """Batches of indices of `DumpItems`, shard by shard, of the shards that `claim` gives until it gives None.
 
-    def __init__(self, claim: Callable[[], Claim | None], batch_size: int) -> None:
+    Args:
+        claim: takes the next free shard.
+        batch_size: rows of a batch; none crosses a shard's border.
+        samples: N, of each view.
+    """
+
+    def __init__(self, claim: Callable[[], Claim | None], batch_size: int, samples: int) -> None:
         self._claim = claim
         self._batch_size = batch_size
+        self._samples = samples
         self.under_way: deque[tuple[Claim, int, int]] = deque()
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -113,7 +152,8 @@ class ShardBatches(Sampler[list[int]]):
             for start in range(claim.start, claim.stop, self._batch_size):
                 stop = min(start + self._batch_size, claim.stop)
                 self.under_way.append((claim, start, stop))
-                yield list(range(start, stop))
+                first = claim.view * self._samples
+                yield list(range(first + start, first + stop))
 
 
 def batches(
@@ -136,8 +176,7 @@ def batches(
         claim, start, stop = sampler.under_way.popleft()
         if isinstance(fed, _Failure):
             raise fed.kind(fed.message)
-        inputs, labels, digests = fed
-        yield claim, start, stop, Fed(inputs, labels, np.asarray(digests, np.uint64))
+        yield claim, start, stop, Fed(*fed)
 
 
 @contextmanager
@@ -166,7 +205,7 @@ def collate(items: list[Any]) -> Any:
     failed = next((item for item in items if isinstance(item, _Failure)), None)
     if failed is not None:
         return failed
-    inputs, labels, digests = zip(*items, strict=True)
+    inputs, labels, digests, labels_b, ratios = zip(*items, strict=True)
     try:
         stacked = default_collate(list(inputs))
     except (TypeError, RuntimeError) as error:
@@ -178,11 +217,13 @@ def collate(items: list[Any]) -> Any:
         )
     known = [label for label in labels if label is not None]
     stored = None if not known else np.array([-1 if label is None else label for label in labels], np.int64)
-    return stacked, stored, np.array(digests, np.uint64)
+    if labels_b[0] is None:
+        return stacked, stored, np.array(digests, np.uint64), None, None
+    return stacked, stored, np.array(digests, np.uint64), np.array(labels_b, np.int64), np.array(ratios, np.float32)
 
 
-def _same(item: Any) -> Any:
-    return item
+def _same(seen: Viewed) -> Viewed:
+    return seen
 
 
 def plain_label(value: Any) -> int | None:

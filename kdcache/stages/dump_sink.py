@@ -2,6 +2,8 @@
 
 The queue is short (4 batches), so memory does not grow with the data, and the forward pass of the next
 batch overlaps with the checksums, hashes and writes of the last (which release the interpreter's lock).
+Only between two shards the forward pass waits until the first is committed, since what was computed and not committed
+is what a kill costs. It could be five batches ahead by then, of the 500 of a shard (1,000 classes, batches of 256).
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import torch
 
 from kdcache.errors import DataError, LogitsError
 from kdcache.format.identity import show_id
-from kdcache.stages.dump_feed import Claim
+from kdcache.stages.dump_feed import Claim, Fed
 from kdcache.store.dump import DumpFolder
 from kdcache.store.incoming import check_labels, consecutive, fit_ids
 from kdcache.store.shards import ContainerWriter
@@ -35,8 +37,7 @@ class EncodedBatch:
     start: int
     stop: int
     encoded: EncodedTensors
-    labels: np.ndarray | None
-    digests: np.ndarray
+    fed: Fed
     ready: torch.cuda.Event | None
 
 
@@ -57,9 +58,23 @@ class ShardSink:
         self._error: BaseException | None = None
         self._dropped = False
         self._ended = threading.Event()
+        self._settled = threading.Event()  # no row is waiting for the commit record of its shard
+        self._settled.set()
+        self._last: Claim | None = None
         self._container: ContainerWriter | None = None
         self._thread = threading.Thread(target=self._work, name="kdcache-sink", daemon=True)
         self._thread.start()
+
+    def begin(self, claim: Claim) -> None:
+        """To be called before rows of a shard are computed; waits until the shard before it is committed.
+
+        Raises:
+            KDCacheError: what went wrong with an earlier batch.
+        """
+        if claim != self._last:
+            self._settled.wait()
+            self._last = claim
+        self._raise()
 
     def put(self, batch: EncodedBatch) -> None:
         """Hands a batch over; waits while the queue is full.
@@ -68,6 +83,7 @@ class ShardSink:
             KDCacheError: what went wrong with an earlier batch.
         """
         self._raise()
+        self._settled.clear()
         self._queue.put(batch)
 
     def close(self) -> None:
@@ -99,12 +115,14 @@ class ShardSink:
     def _work(self) -> None:
         while (batch := self._queue.get()) is not None:
             if self._error is not None or self._dropped:
-                continue  # keep emptying the queue, so that `put` never waits for ever
+                self._settled.set()
+                continue  # keep emptying the queue, so that neither `put` nor `begin` waits for ever
             try:
                 self._write(batch)
             except BaseException as error:
                 self._error = error
                 self._abandon()
+                self._settled.set()
         self._abandon()
         self._ended.set()
 
@@ -123,16 +141,21 @@ class ShardSink:
             self._container = self._dump.container(claim.view, claim.index, claim.start, claim.stop)
         rows: dict[str, np.ndarray] = {n: t.numpy() for n, t in batch.encoded.arrays.items()}
         rows["sample_id"] = ids
-        if batch.labels is not None and not schema.has_labels:
+        fed = batch.fed
+        if fed.labels is not None and not schema.has_labels:
             raise DataError(
                 f"the first samples have no label, a sample from {show_id(ids[0])} on has one; give all of them a "
                 "label, -1 where there is none"
             )
         if schema.has_labels:
-            labels = check_labels(batch.labels, ids, schema.encoding.num_classes)
+            labels = check_labels(fed.labels, ids, schema.encoding.num_classes)
             rows["label"] = np.full(len(ids), -1, np.int64) if labels is None else labels
         if schema.has_digests:
-            rows["input_digest"] = batch.digests
+            rows["input_digest"] = fed.digests
+        if fed.label_b is not None and fed.mix_ratio is not None:
+            partners = check_labels(fed.label_b, ids, schema.encoding.num_classes)
+            rows["label_b"] = np.full(len(ids), -1, np.int64) if partners is None else partners
+            rows["mix_ratio"] = fed.mix_ratio
         positions = np.arange(batch.start, batch.stop)
         clamped = int(batch.encoded.clamped)
         self._container.append(rows, view=claim.view, positions=positions, clamped=clamped)
@@ -148,6 +171,7 @@ class ShardSink:
         self._dump.commit(self._container, record, claim.index)
         self._container = None
         self._dump.release(claim.view, claim.index)
+        self._settled.set()
 
     def _abandon(self) -> None:
         if self._container is not None:

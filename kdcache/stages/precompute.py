@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import closing
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,35 +19,30 @@ from torch import nn
 
 from kdcache.errors import IncompleteCacheError, InterruptedRunError, KDCacheError, StorageError, UsageError
 from kdcache.format.headers import FileHeader
-from kdcache.stages.devices import pick_device, torch_threads
+from kdcache.stages.asked_plan import check_path
+from kdcache.stages.devices import torch_threads
 from kdcache.stages.dry_run import DryRun, measure
 from kdcache.stages.dump_feed import Claim, ShardBatches, batches, worker_deaths
-from kdcache.stages.dump_plan import (
-    Job,
-    check_disk,
-    check_logits,
-    early_checks,
-    forward,
-    limited_ids,
-    make_job,
-    planned_bytes,
-)
+from kdcache.stages.dump_plan import Job, check_logits, early_checks, forward, limited_ids, make_job
 from kdcache.stages.dump_sink import EncodedBatch, ShardSink, to_host
+from kdcache.stages.dump_views import check_pipeline, pipeline_of_dump
 from kdcache.stages.loaded_data import check_unique_ids
 from kdcache.stages.precompute_inputs import data_of, target_of, teacher_of
 from kdcache.stages.precompute_options import PrecomputeOptions, options_of, share_of
+from kdcache.stages.preflight import check_space, least_plan, planned_bytes
 from kdcache.stages.progress import Progress
 from kdcache.stages.signals import StopRequest, graceful_signals
 from kdcache.stages.teachers import LoadedTeacher
 from kdcache.store.dump import DumpFolder, open_dump
-from kdcache.store.folder import read_manifest
+from kdcache.store.folder import MANIFEST, read_manifest
 from kdcache.store.locks import FINISH
 from kdcache.store.merge import merge
 from kdcache.store.parts import read_catalog
 from kdcache.store.plan import Plan, require_same_file
-from kdcache.store.removal import clear_dump, remove_dump, remove_empty, remove_one_file
-from kdcache.store.shards import remove_temporaries
+from kdcache.store.posix import exists, is_file
+from kdcache.store.removal import clear_parts, remove_dump, remove_one_file
 from kdcache.store.writer import dump_folder_of
+from kdcache.train.cache_views import Augment
 from kdcache.train.encode import encode
 from kdcache.train.ids import resolve
 from kdcache.train.ranks import discover
@@ -91,6 +86,7 @@ def precompute(
     transform: Callable[[Any], Any] | None = None,
     sample_ids: Any = None,
     id_key: str | None = None,
+    augment: Augment | None = None,
     options: PrecomputeOptions | None = None,
     **settings: Any,
 ) -> PrecomputeResult | DryRun:
@@ -101,9 +97,11 @@ def precompute(
         dataset: map-style; items `(x, label)`, dicts, or bare inputs. Ids come from `sample_ids=`, else
             `dataset.sample_ids`, else `id_key`, else the index.
         out: a folder, or a name ending in `.h5`.
-        transform: from the data set's input to the teacher's.
+        transform: from the data set's input to the teacher's; with `augment` from the shared view.
         sample_ids: N ids.
         id_key: the key of dict items that holds the id.
+        augment: what makes the views: a pipeline by name, a transform, or what `kdcache.views` makes of it. Its draws
+            are replayed: view v of a sample is the same for every student (see `kdcache.views`).
         options: all settings as one record, as the command passes them.
         **settings: fields of `PrecomputeOptions`, for example `batch_size=256, amp="bf16"`.
 
@@ -112,7 +110,7 @@ def precompute(
 
     Raises:
         UsageError: settings that cannot be meant, or `out` holds something else.
-        MismatchError: `out` holds another dump; the message names the field that differs.
+        MismatchError: `out` holds another dump; the message names the field that differs, and a process at work on it.
         LogitsError: logits that cannot be stored; the message names the sample.
         DataError: the data set failed, or has no usable ids or labels.
         StorageError: too little disk, or an I/O error; committed shards stay.
@@ -124,16 +122,22 @@ def precompute(
         raise UsageError(f"pass settings in options or by name, not both: {', '.join(settings)}")
     target = target_of(out, options)
     with graceful_signals() as stop:
+        check_path(target, options if model is None else replace(options, teacher=None))
         data = data_of(dataset, options)
         own = data.sample_ids if sample_ids is None and id_key is None else None
         ids = resolve(data.dataset, sample_ids=sample_ids, id_key=id_key) if own is None else own
         check_unique_ids(ids, name=data.name)
         ids = limited_ids(ids, options.limit)
-        options = early_checks(target, data, ids, options)
+        replay = pipeline_of_dump(augment, options)
+        options = early_checks(target, data, ids, replay, options)
+        if replay is not None:
+            check_pipeline(replay, data.dataset, ids, options.views)
+        if not options.dry_run:
+            check_space(target, least_plan(target, data, ids, options), overwrite=options.overwrite)
         _check_stop(stop)
         with torch_threads(options.threads), teacher_of(model, transform, options) as teacher:
             _check_stop(stop)
-            job = make_job(teacher, data, ids, pick_device(options.device), options)
+            job = make_job(teacher, data, ids, replay, options)
             if options.dry_run:
                 return measure(job, target)
             return _dump(job, target, stop)
@@ -144,14 +148,15 @@ def _dump(job: Job, out: Path, stop: StopRequest) -> PrecomputeResult:
     folder, one_file = dump_folder_of(out)
     plan = job.plan
     if job.options.overwrite:
+        check_space(out, plan, overwrite=True)  # lest the old cache go for a new one that does not fit
         _remove(out, folder)
     computed = 0
     try:
-        if one_file and out.is_file():
+        if one_file and is_file(out):
             _finished_file(out, plan)  # refuses another dump before anything is touched
-        elif not folder.exists():
-            check_disk(out, planned_bytes(plan) * (2 if one_file else 1))
-        if one_file and out.is_file() and not folder.exists():
+        else:
+            check_space(out, plan)
+        if one_file and is_file(out) and not exists(folder):
             root: str | None = _finished_file(out, plan)
         else:
             dump = open_dump(folder, plan, merged=out if one_file else None)
@@ -167,9 +172,11 @@ def _dump(job: Job, out: Path, stop: StopRequest) -> PrecomputeResult:
             finally:
                 dump.leave()
     except (StorageError, IncompleteCacheError):
-        if not (one_file and out.is_file()):
+        # Another process made the file and clears the folder away under this one: its manifest goes first. While that
+        # is there, the error is of this process, and the file's name may not be on the disk.
+        if not (one_file and is_file(out)) or exists(folder / MANIFEST):
             raise
-        root = _finished_file(out, plan)  # another process made the file and cleared the folder away under this one
+        root = _finished_file(out, plan)
     return _result(job, out, root, computed=computed, seconds=time.monotonic() - begun)
 
 
@@ -208,7 +215,7 @@ def _one_pass(dump: DumpFolder, job: Job, left: list[int], stop: StopRequest, pr
         return None
 
     options, device = job.options, job.device
-    sampler = ShardBatches(claim, options.batch_size)
+    sampler = ShardBatches(claim, options.batch_size, len(job.sample_ids))
     sink = ShardSink(dump, job.sample_ids, progress.advance)
     computed = 0
     try:
@@ -216,11 +223,12 @@ def _one_pass(dump: DumpFolder, job: Job, left: list[int], stop: StopRequest, pr
         with worker_deaths(), closing(feed):  # closed here: an exception that somebody keeps would keep the workers
             for shard, start, stop_at, fed in feed:
                 _check_stop(stop)
+                sink.begin(shard)
                 logits = forward(job.teacher.module, fed.inputs, device, options)
                 check_logits(logits, rows=stop_at - start)
                 with torch.inference_mode():
                     encoded, ready = to_host(encode(job.plan.schema.encoding, logits))
-                sink.put(EncodedBatch(shard, start, stop_at, encoded, fed.labels, fed.digests, ready))
+                sink.put(EncodedBatch(shard, start, stop_at, encoded, replace(fed, inputs=None), ready))
                 computed += stop_at - start
         sink.close()
     except BaseException as error:
@@ -230,8 +238,9 @@ def _one_pass(dump: DumpFolder, job: Job, left: list[int], stop: StopRequest, pr
         sink.drop()
         raise
     finally:
-        for shard in held:
-            dump.release(shard.view, shard.index)
+        with ExitStack() as releases:  # all of them, even where one cannot be given back
+            for shard in held:
+                releases.callback(dump.release, shard.view, shard.index)
     return computed
 
 
@@ -268,12 +277,10 @@ def _finish(dump: DumpFolder, plan: Plan) -> None:
 def _merge_once(dump: DumpFolder, out: Path, plan: Plan, stop: StopRequest) -> str:
     """Makes the one file from the finished folder; processes that come second wait and find it done."""
     with dump.exclusive(FINISH, lambda: _check_stop(stop)):
-        if not out.is_file():
+        if not is_file(out):
             merge(dump.folder, out, progress=lambda rows: _check_stop(stop))
         root = _finished_file(out, plan)
-        remove_temporaries(out.parent, out.name)
-        clear_dump(dump.folder)
-        remove_empty(dump.folder)
+        clear_parts(dump.folder, out)
     return root
 
 
@@ -286,7 +293,7 @@ def _finished_file(out: Path, plan: Plan) -> str:
 
 
 def _remove(out: Path, folder: Path) -> None:
-    if out.is_dir() or folder.exists():
+    if exists(folder):
         remove_dump(folder)
     remove_one_file(out)
 

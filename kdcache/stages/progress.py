@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -24,8 +26,9 @@ class Progress:
     def __init__(self, total: int, *, what: str, unit: str, done: int = 0, enabled: bool = True) -> None:
         self._total, self._what, self._unit, self._done = total, what, unit, done
         self._is_plain = enabled and not sys.stderr.isatty()
+        self._stream = _Forgiving(sys.stderr)
         self._bar = tqdm(
-            total=total, desc=what, unit=unit, initial=done, disable=None if enabled else True, file=sys.stderr
+            total=total, desc=what, unit=unit, initial=done, disable=None if enabled else True, file=self._stream
         )
         self._next_line = time.monotonic() + PLAIN_SECONDS
 
@@ -35,7 +38,8 @@ class Progress:
         self._bar.update(count)
         if self._is_plain and time.monotonic() >= self._next_line:
             self._next_line = time.monotonic() + PLAIN_SECONDS
-            print(f"{self._what}: {self._done:,} of {self._total:,} {self._unit}", file=sys.stderr, flush=True)
+            self._stream.write(f"{self._what}: {self._done:,} of {self._total:,} {self._unit}\n")
+            self._stream.flush()
 
     def note(self, text: str) -> None:
         """Shows a short text (the last loss) behind the bar."""
@@ -46,3 +50,22 @@ class Progress:
 
     def __exit__(self, *exc_info: object) -> None:
         self._bar.close()
+
+
+class _Forgiving:
+    """A stream whose failures end no work: a log file on a full disk, a terminal that is gone."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            return self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)

@@ -15,6 +15,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -22,6 +23,8 @@ from kdcache.errors import KDCacheError, UsageError
 
 PYTHON = "py"
 PYTHON_USAGE = "[py:]module:factory"
+FILE_SCHEMES = ("pt2",)
+"""Schemes of a teacher whose rest is a file."""
 
 _DOTTED = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
 
@@ -70,6 +73,18 @@ class SpecKind:
         hint = f" Did you mean {near[0]}:?" if near else ""
         what = f"has the unknown scheme {scheme!r}" if ":" in text else "is not of the form scheme:rest"
         return UsageError(f"{self.name} SPEC {text!r} {what}; known: {known}.{hint}")
+
+
+def recorded_spec(text: str) -> str:
+    """A SPEC as provenance names it: without `py:`, and a file without the folders it lies in.
+
+    >>> recorded_spec("py:networks:wide"), recorded_spec("pt2:runs/a/wide.pt2")
+    ('networks:wide', 'pt2:wide.pt2')
+    """
+    scheme, colon, rest = text.partition(":")
+    if scheme == PYTHON and colon:
+        return rest
+    return f"{scheme}:{Path(rest).name}" if scheme in FILE_SCHEMES and colon else text
 
 
 def call_factory(spec: Spec, kind: SpecKind, **offered: Any) -> Any:

@@ -12,7 +12,7 @@ from torch import nn
 from kdcache.errors import UsageError
 from kdcache.stages import teacher_pt2
 from kdcache.stages.loaded_data import describe_file
-from kdcache.stages.specs import PYTHON, Spec, SpecKind, call_factory, describe
+from kdcache.stages.specs import PYTHON, Spec, SpecKind, call_factory, describe, recorded_spec
 from kdcache.stages.weights import load_weights, state_sha256
 
 TEACHER = SpecKind("teacher", {"pt2": teacher_pt2.USAGE})
@@ -54,14 +54,14 @@ def load_teacher(text: str, *, weights: Path | None = None) -> LoadedTeacher:
     spec = TEACHER.parse(text)
     if spec.scheme == PYTHON:
         module, transform = _call_teacher_factory(spec)
-        provenance: dict[str, Any] = {"spec": spec.rest}
+        provenance: dict[str, Any] = {"spec": recorded_spec(text)}
         max_batch = None
     else:
         path = Path(spec.rest)
         if weights is not None:
             raise UsageError(f"--weights does not go with {text!r}: an exported program brings its own weights")
         module, transform = teacher_pt2.load_pt2(path), None
-        provenance = {"spec": f"pt2:{path.name}", "file": describe_file(path)}
+        provenance = {"spec": recorded_spec(text), "file": describe_file(path)}
         max_batch = module.max_batch
     if weights is not None:
         load_weights(module, weights)

@@ -22,6 +22,8 @@ def empty_rows(schema: RowSchema, count: int) -> TeacherRows:
         label=np.empty(count, np.int64) if schema.has_labels else None,
         has_teacher=np.empty(count, bool),
         input_digest=np.empty(count, np.uint64) if schema.has_digests else None,
+        label_b=np.empty(count, np.int64) if schema.is_mixed else None,
+        mix_ratio=np.empty(count, np.float32) if schema.is_mixed else None,
     )
 
 
@@ -33,7 +35,8 @@ def check_buffer(out: TeacherRows, schema: RowSchema) -> None:
     """
     specs = (*(s for s in schema.specs if s.name != CRC_ARRAY), ArraySpec("has_teacher", "|b1"))
     found = {**out.arrays, **{n: getattr(out, n) for n in ("sample_id", "view", "has_teacher")}}
-    found |= {n: a for n, a in (("label", out.label), ("input_digest", out.input_digest)) if a is not None}
+    optional = {n: getattr(out, n) for n in ("label", "label_b", "mix_ratio", "input_digest")}
+    found |= {n: a for n, a in optional.items() if a is not None}
     if len(found) != len(specs) or not all(_fits(found.get(s.name), s, len(out)) for s in specs):
         raise UsageError(
             "out does not fit this cache: pass what gather returned for the same cache, as NumPy arrays (not tensors)"
@@ -67,3 +70,5 @@ def blank(rows: TeacherRows, missing: np.ndarray) -> None:
         rows.label[missing] = -1
     if rows.input_digest is not None:
         rows.input_digest[missing] = 0
+    if rows.label_b is not None and rows.mix_ratio is not None:
+        rows.label_b[missing], rows.mix_ratio[missing] = -1, 1

@@ -15,7 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from kdcache.errors import CorruptCacheError, CoverageError, MismatchError, StorageError, UsageError
+from kdcache.errors import (
+    CorruptCacheError,
+    CoverageError,
+    IncompleteCacheError,
+    MismatchError,
+    StorageError,
+    UsageError,
+)
 from kdcache.format.checksums import row_crcs
 from kdcache.format.encodings import Encoding
 from kdcache.format.identity import as_sample_ids, show_id, show_ids
@@ -80,6 +87,8 @@ class Cache:
             raise StorageError(f"{self.path}: no memory for the marks of {len(self)} rows (1 byte each)") from None
         self._left_to_check = len(self)
         self._crc_names = catalog.schema.crc_names
+        payload = {spec.name for spec in self.encoding.specs}
+        self._beside = [name for name in self._crc_names if name != "sample_id" and name not in payload]
         self._single_view = self.views[0] if len(self.views) == 1 else None
 
     def __len__(self) -> int:
@@ -89,7 +98,7 @@ class Cache:
         return f"Cache({self.path.name!r}, shape={self.shape}, encoding={self.encoding.name} {self.encoding.dtype})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (str(self.path), self.root, self._access)
+        return _reopen, (str(self.path), self.root, self._access, self.views)
 
     def __enter__(self) -> Cache:
         return self
@@ -135,7 +144,13 @@ class Cache:
     @property
     def sample_ids(self) -> np.ndarray:
         """(samples,) ids in stored order, int64 or fixed-length bytes."""
+        self._grid.prepare(0, self._catalog.samples)
         return self._ids().sample_ids
+
+    def first_ids(self, count: int) -> np.ndarray:
+        """The ids of the first `count` samples, or of fewer, without looking at the others."""
+        stop, first = min(count, self._catalog.samples), self._catalog.first_id
+        return self.stored("sample_id", 0, stop) if first is None else np.arange(first, first + stop)
 
     def find(self, sample_ids: Any, view: int = 0) -> np.ndarray:
         """Rows of samples, -1 where the cache has none.
@@ -215,10 +230,8 @@ class Cache:
         regions = self._grid.regions
         for name, array in result.arrays.items():
             regions[name].take(grid, array)
-        if result.label is not None:
-            regions["label"].take(grid, result.label)
-        if result.input_digest is not None:
-            regions["input_digest"].take(grid, result.input_digest)
+        for name in self._beside:
+            regions[name].take(grid, getattr(result, name))
         result.has_teacher.fill(True)
         self._fill_view(wanted, result.view)
         first = self._catalog.first_id
@@ -252,7 +265,9 @@ class Cache:
         spec = next((s for s in self._catalog.schema.specs if s.name == name), None)
         if spec is None:
             raise UsageError(f"{self.path.name} has no array {name!r}")
-        rows = np.arange(start, len(self) if stop is None else stop)
+        stop = len(self) if stop is None else stop
+        self._grid.prepare(start, stop)
+        rows = np.arange(start, stop)
         target = np.empty(spec.shape(len(rows)), spec.dtype)
         places = self._grid.locate(rows)  # refuses a closed cache
         self._grid.regions[name].take(places, target)
@@ -282,8 +297,8 @@ class Cache:
         stored_crc, stored_view = np.empty(len(at), "<u4"), np.empty(len(at), "<u2")
         self._grid.regions[CRC_ARRAY].take(at, stored_crc)
         self._grid.regions["view"].take(at, stored_view)
-        identity = {"sample_id": touched.sample_id, "label": touched.label, "input_digest": touched.input_digest}
-        stored: dict[str, np.ndarray] = {n: a for n, a in {**identity, **touched.arrays}.items() if a is not None}
+        beside = {name: getattr(touched, name) for name in self._beside}
+        stored: dict[str, np.ndarray] = {"sample_id": touched.sample_id, **beside, **touched.arrays}
         ordered = [stored[n] for n in self._crc_names]
         good = stored_view == touched.view
         if self._single_view is not None:
@@ -323,5 +338,12 @@ def _nothing() -> None:
     return None
 
 
-def _reopen(path: str, root: str, access: str) -> Cache:
-    return open(path, expect_root=root, access=access)
+def _reopen(path: str, root: str, access: str, views: tuple[int, ...]) -> Cache:
+    """The same cache with the same row numbers, also where shards of further views were fetched meanwhile."""
+    opened = open(path, expect_root=root, access=access)
+    if opened.views == views:
+        return opened
+    gone = [view for view in views if view not in opened.views]
+    if gone:
+        raise IncompleteCacheError(f"{path}: the shards of the views {gone} were removed while the cache was in use")
+    return Cache(opened.path, opened.catalog.with_views(views), access)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
-from kdcache.errors import UsageError
+from kdcache.errors import UsageError, printable
 from kdcache.store import posix
 from kdcache.store.inspect import describe
+from kdcache.store.shards import remove_temporaries
 
 CARD = "README.md"
+_MARKUP = re.compile(r"[<>&\[\]!\\]")  # tags, entities, links, images, escapes; * and _ only make text slanted
 
 
 def write_card(path: str | Path, *, overwrite: bool = False) -> Path:
@@ -31,7 +34,8 @@ def write_card(path: str | Path, *, overwrite: bool = False) -> Path:
     if summary["kind"] != "folder":
         raise UsageError(f"{folder} is one file; a card goes into a folder cache. Print it with `kdcache card --print`")
     target = folder / CARD
-    if target.exists() and not overwrite:
+    remove_temporaries(folder, CARD, of_the_dead=True)
+    if posix.exists(target) and not overwrite:
         raise UsageError(f"{target} exists; pass --overwrite to replace it")
     posix.write_file(target, render_card(summary, name=folder.resolve().name).encode(), replace=True)
     return target
@@ -58,20 +62,20 @@ def render_card(summary: dict[str, Any], *, name: str) -> str:
         "  data_files: shards/*.h5",
         "---",
         "",
-        f"# Teacher logits: {_plain(name)}",
+        f"# Teacher logits: {_cell(name)}",
         "",
         f"{summary['samples']:,} samples x {len(summary['views'])} view(s), {summary['classes']['count']} classes, "
         f"encoding {encoding['name']} {encoding['dtype']}, {summary['bytes_per_row']['total']} bytes a row on disk.",
         "",
         "| | |",
         "|---|---|",
-        f"| teacher | {_plain(str(teacher.get('spec', 'unknown')))} |",
-        f"| weights sha256 | `{_plain(str(teacher.get('state_sha256', 'unknown')))}` |",
-        f"| data | {_plain(str(data.get('name', 'unknown')))} |",
-        f"| did the teacher train on these rows? | {_plain(str(provenance.get('teacher_seen', 'unknown')))} |",
-        f"| licence | {_plain(licence)} |",
+        f"| teacher | {_cell(str(teacher.get('spec', 'unknown')))} |",
+        f"| weights sha256 | `{_cell(str(teacher.get('state_sha256', 'unknown')))}` |",
+        f"| data | {_cell(str(data.get('name', 'unknown')))} |",
+        f"| did the teacher train on these rows? | {_cell(str(provenance.get('teacher_seen', 'unknown')))} |",
+        f"| licence | {_cell(licence)} |",
         f"| root hash | `{summary['root']}` |",
-        f"| created | {summary['created'] or 'not recorded'} |",
+        f"| created | {_cell(summary['created'] or 'not recorded')} |",
         "",
         "The arrays stand at the root of each file in `shards/`; any HDF5 tool reads them. `logits` are raw",
         "(no softmax, no temperature); for float16 the row maximum is kept apart: raw logit = logits + row_max.",
@@ -91,9 +95,14 @@ def render_card(summary: dict[str, Any], *, name: str) -> str:
 
 def _yaml(text: str) -> str:
     """A YAML scalar in quotes (a JSON string is one), so that `no` stays text and a colon starts nothing."""
-    return json.dumps(_plain(text), ensure_ascii=False)
+    return json.dumps(_one_line(text), ensure_ascii=False)
 
 
-def _plain(text: str) -> str:
-    """One line without what could break a table cell or the front matter."""
-    return " ".join(text.split()).replace("|", "/").replace("`", "'")[:300]
+def _cell(text: str) -> str:
+    """One line of Markdown that is shown as it is: a hub makes a page of it, and the text is a stranger's."""
+    return _MARKUP.sub(lambda found: f"&#{ord(found[0])};", _one_line(text))
+
+
+def _one_line(text: str) -> str:
+    """One line without what could break a table cell, the front matter or a terminal."""
+    return printable(" ".join(text.split())).replace("|", "/").replace("`", "'")[:300]

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import time
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 
 from kdcache.errors import CorruptCacheError, IncompleteCacheError, MismatchError
+from kdcache.format.checksums import file_sha256
 from kdcache.format.headers import shard_header
-from kdcache.format.identity import canonical_json
 from kdcache.format.manifest import (
     CLASSES_FILE,
     Manifest,
@@ -25,13 +26,14 @@ from kdcache.format.manifest import (
     parse_shard,
     shard_name,
 )
-from kdcache.format.strict_json import MAX_JSON_BYTES, load_json
+from kdcache.format.sealed import dump_sealed, load_sealed
+from kdcache.format.strict_json import MAX_JSON_BYTES
 from kdcache.store import posix
 from kdcache.store.folder import MANIFEST, PLAN, SHARDS, read_manifest
 from kdcache.store.locks import FINISH, OWNER, PRESENT, lock_file
-from kdcache.store.plan import Plan, parse_plan, plan_of_manifest, require_same_plan
+from kdcache.store.plan import Plan, check_shard_count, parse_plan, plan_of_manifest, require_same_plan
 from kdcache.store.removal import refuse_foreign
-from kdcache.store.shards import ContainerWriter, file_sha256, remove_temporaries
+from kdcache.store.shards import ContainerWriter, remove_temporaries
 
 
 class DumpFolder:
@@ -54,7 +56,7 @@ class DumpFolder:
     @property
     def finished(self) -> bool:
         """Whether the manifest is there, or another process has made the one file and cleared the folder away."""
-        return self.manifest_path.exists() or (self._merged is not None and self._merged.exists())
+        return posix.exists(self.manifest_path) or (self._merged is not None and posix.exists(self._merged))
 
     def record(self, view: int, index: int) -> ShardRecord | None:
         """The commit record of a shard; None if it is not committed, or its file is gone or cut short since."""
@@ -63,7 +65,14 @@ class DumpFolder:
             text = posix.read_file(path, MAX_JSON_BYTES)
         except IncompleteCacheError:  # never written, or cleared away by the process that wrote the manifest
             return None
-        record = parse_shard(load_json(text, where=str(path)), self.plan.schema, where=str(path))
+        again = "remove it and run the same command again: its shard is then done again"
+        record = parse_shard(load_sealed(text, where=str(path), advice=again), self.plan.schema, where=str(path))
+        if (record.file, record.view) != (shard_name(view, index), view):
+            raise CorruptCacheError(f"{path}: the record of another shard, {record.file}; {again}")
+        start, limit = index * self.plan.shard_rows, self.plan.shard_rows
+        if record.start != start or record.rows > limit:
+            found = f"samples {record.start} to {record.stop - 1}"
+            raise CorruptCacheError(f"{path}: {found}, expected at most {limit} from sample {start} on; {again}")
         return record if self._is_whole(record) else None
 
     def claim(self, view: int, index: int) -> bool:
@@ -74,11 +83,16 @@ class DumpFolder:
         with posix.translated("lock", self.folder):
             if not self._locks.try_lock(lock):
                 return False
-        if self.finished or self.record(view, index) is not None:  # committed while we asked
+        try:
+            is_free = not self.finished and self.record(view, index) is None  # else committed while we asked
+            if is_free:
+                self.clear_shard(view, index)
+        except BaseException:
+            self.release(view, index)  # else this process would wait for itself when it tries again
+            raise
+        if not is_free:
             self.release(view, index)
-            return False
-        self.clear_shard(view, index)
-        return True
+        return is_free
 
     def clear_shard(self, view: int, index: int) -> None:
         """Removes what is left of a shard that is not committed: temporary files, a shard or a record alone."""
@@ -115,7 +129,12 @@ class DumpFolder:
         return self._locks.holder(self._lock_index(view, index))
 
     def container(self, view: int, index: int, start: int, stop: int) -> ContainerWriter:
-        """A writer for samples [start, stop) of a view; the caller holds the shard's lock."""
+        """A writer for samples [start, stop) of a view; the caller holds the shard's lock.
+
+        Raises:
+            UsageError: one shard more than a cache can have; only where their number was not known before.
+        """
+        check_shard_count(index + 1)
         teacher = self.plan.provenance.get("teacher", {})
         header = shard_header(self.plan.schema, self.plan.classes, teacher, view=view, start=start, stop=stop)
         path = self.folder / SHARDS / shard_name(view, index)
@@ -126,19 +145,21 @@ class DumpFolder:
         path = self.folder / SHARDS / record.file
         if not writer.publish():
             self._settle_existing(path, record)
-        text = canonical_json(record.to_json()).encode() + b"\n"
-        posix.write_file(self._record_path(record.view, index), text, replace=True)
+        posix.write_file(self._record_path(record.view, index), dump_sealed(record.to_json()), replace=True)
 
-    def finish(self, records: list[ShardRecord], *, samples: int) -> Manifest:
+    def finish(self, records: list[ShardRecord], *, samples: int) -> Manifest | None:
         """Writes the manifest, once, and clears the plan and the commit records away.
 
         Args:
             records: of all shards, ordered by (view, start).
             samples: of each view.
+
+        Returns:
+            The manifest; None if another process has made the one file meanwhile and cleared the folder away.
         """
         with self.exclusive(FINISH):
-            if self.manifest_path.exists():
-                return read_manifest(self.folder)
+            if self.finished:
+                return read_manifest(self.folder) if posix.exists(self.manifest_path) else None
             manifest = Manifest(
                 schema=self.plan.schema,
                 classes=self.plan.classes,
@@ -192,10 +213,12 @@ class DumpFolder:
         Under the lock of the manifest: a plan that is published while another process finishes the dump would stay.
         """
         with self.exclusive(FINISH):
-            if self.manifest_path.exists():
+            if posix.exists(self.manifest_path):
                 manifest = read_manifest(self.folder)
                 found = plan_of_manifest(manifest, samples_known=self.plan.samples is not None)
-                require_same_plan(found, self.plan, where=where)
+                require_same_plan(found, self.plan, where=where, holder=self._locks.holder(PRESENT))
+                with posix.translated("write", self.manifest_path):
+                    posix.fsync_folder(self.folder)  # whoever wrote it may have been killed before this
                 self._clear()  # what a process that was killed right after it wrote the manifest left behind
                 if self.plan.samples is not None:
                     self._reopen(manifest)
@@ -211,8 +234,8 @@ class DumpFolder:
 
     def _join_plan(self, where: str) -> None:
         path = self.folder / PLAN
-        shards = sorted(n for n in os.listdir(self.folder / SHARDS) if n.endswith(".h5"))
-        if shards and not path.exists():
+        shards = [name for name in posix.names_in(self.folder / SHARDS) if name.endswith(".h5")]
+        if shards and not posix.exists(path):
             raise IncompleteCacheError(
                 f"{where} holds shards ({shards[0]} ...) but neither {MANIFEST} nor {PLAN}: bring the manifest back, "
                 "or replace everything with --overwrite"
@@ -220,7 +243,7 @@ class DumpFolder:
         posix.write_file(path, self.plan.dump(), replace=False)
         found = parse_plan(posix.read_file(path, MAX_JSON_BYTES), where=str(path))
         try:
-            require_same_plan(found, self.plan, where=where)
+            require_same_plan(found, self.plan, where=where, holder=self._locks.holder(PRESENT))
         except MismatchError:
             if shards or not self._locks.try_lock(PRESENT):
                 raise
@@ -233,22 +256,23 @@ class DumpFolder:
         if len(whole) == len(manifest.shards):
             return
         for record in whole:
-            text = canonical_json(record.to_json()).encode() + b"\n"
-            posix.write_file(self.folder / SHARDS / f"{record.file[:-3]}.json", text, replace=True)
+            path = self.folder / SHARDS / f"{record.file[:-3]}.json"
+            posix.write_file(path, dump_sealed(record.to_json()), replace=True)
         posix.write_file(self.folder / PLAN, self.plan.dump(), replace=True)
         with posix.translated("remove", self.manifest_path):
             posix.unlink(self.manifest_path)
             posix.fsync_folder(self.folder)
 
     def _is_whole(self, record: ShardRecord) -> bool:
-        try:
-            return os.stat(self.folder / SHARDS / record.file).st_size == record.size
-        except OSError:
-            return False
+        path = self.folder / SHARDS / record.file
+        with posix.translated("look at", path), contextlib.suppress(FileNotFoundError):
+            status = os.lstat(path)
+            return stat.S_ISREG(status.st_mode) and status.st_size == record.size
+        return False
 
     def _clear(self) -> None:
         with posix.translated("clean", self.folder):
-            for name in os.listdir(self.folder / SHARDS):
+            for name in posix.names_in(self.folder / SHARDS):
                 if name.endswith(".json"):
                     posix.unlink(self.folder / SHARDS / name)
         remove_temporaries(self.folder / SHARDS)
@@ -265,7 +289,7 @@ class DumpFolder:
                 and file_sha256(lambda o, n: posix.read_exactly(fd, o, n, path), size) == record.sha256
             )
         finally:
-            os.close(fd)
+            posix.close_reader(fd)
         if not same:
             raise CorruptCacheError(
                 f"{path} was published by another process while this one held its lock, with other bytes; "
@@ -291,11 +315,12 @@ def open_dump(folder: Path, plan: Plan, *, merged: Path | None = None) -> DumpFo
 
     Raises:
         UsageError: the folder holds something that is not a dump.
-        MismatchError: it holds another dump; the message names the field that differs.
+        MismatchError: it holds another dump; the message names the field that differs, and a process at work on it.
         StorageError: it cannot be made or written.
     """
     refuse_foreign(folder)
     with posix.translated("create", folder):
+        posix.make_folder(folder)
         posix.make_folder(folder / SHARDS)
     dump = DumpFolder(folder, plan, merged)
     dump.join(str(folder))

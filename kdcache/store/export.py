@@ -3,7 +3,7 @@
 A cache is already readable by any HDF5 tool; an export undoes the encoding as well. `h5` goes through h5py and
 may be compressed, for archives; it is not a cache and cannot be opened as one. libhdf5 does not write to the
 disk here either (on a full one it crashes in `close()`, measured): it writes to a file object that takes
-everything, remembers the first error, and lets us raise it.
+everything, remembers the first error, and lets us raise it. zipfile gets the same one: it writes in `close` too.
 """
 
 from __future__ import annotations
@@ -12,17 +12,18 @@ import os
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import h5py
 import numpy as np
 
-from kdcache.errors import UsageError
+from kdcache.errors import KDCacheError, UsageError
+from kdcache.format.encodings import decode
 from kdcache.format.identity import canonical_json
 from kdcache.store import posix
-from kdcache.store.cache import Cache
-from kdcache.store.cache import open as open_cache
-from kdcache.store.rows import TeacherRows
+from kdcache.store.parts import Catalog, read_catalog
+from kdcache.store.scan import scan
+from kdcache.store.shards import remove_temporaries
 
 _BLOCK_BYTES = 16 << 20
 
@@ -58,84 +59,93 @@ def export(
         raise UsageError(f"export format {kind!r} is not known; choose npz or h5, or name the file accordingly")
     if compress not in (None, "gzip"):
         raise UsageError(f"compression {compress!r} is not known; choose gzip or leave it out")
-    if target.exists() and not overwrite:
+    remove_temporaries(target.parent, target.name, of_the_dead=True)
+    if posix.exists(target) and not overwrite:
         raise UsageError(f"{target} exists; choose another name or pass --overwrite")
-    temporary = target.with_name(f".tmp-{target.name}-{os.getpid()}-{os.urandom(4).hex()}")
-    with open_cache(path) as cache, posix.translated("write", target):
+    catalog = read_catalog(Path(path))
+    with posix.translated("write", target):
         posix.make_folder(target.parent)
-        fd = posix.create(temporary)
-        try:
-            if kind == "npz":
-                with os.fdopen(fd, "wb", closefd=False) as file:
-                    _write_npz(cache, file, compressed=compress is not None)
-            else:
-                _write_h5(cache, _ForgivingFile(fd), compress)
-            posix.fsync(fd)
-            posix.rename(temporary, target)
-            posix.fsync_folder(target.parent)
-        finally:
-            os.close(fd)
-            posix.unlink(temporary)
+        _write(catalog, target, kind, compress)
     return target
 
 
-def _blocks(cache: Cache) -> Iterator[tuple[int, TeacherRows]]:
-    step = max(1, _BLOCK_BYTES // (4 * int(np.prod(cache.encoding.row_shape))))
-    for start in range(0, len(cache), step):
-        yield start, cache.gather(np.arange(start, min(start + step, len(cache))))
+def _write(catalog: Catalog, target: Path, kind: str, compress: str | None) -> None:
+    temporary = posix.new_temporary(target)
+    try:
+        fd = posix.create(temporary)
+        try:
+            sink = _ForgivingFile(fd, temporary)
+            if kind == "npz":
+                _write_npz(catalog, sink, compressed=compress is not None)
+            else:
+                _write_h5(catalog, sink, compress)
+            sink.raise_error()
+            posix.fsync(fd)
+        finally:
+            os.close(fd)
+        posix.rename(temporary, target)
+        posix.fsync_folder(target.parent)
+    except BaseException:
+        posix.drop(temporary)
+        raise
 
 
-def _columns(cache: Cache) -> dict[str, tuple[Any, tuple[int, ...]]]:
+def _columns(catalog: Catalog) -> dict[str, tuple[Any, tuple[int, ...]]]:
+    rows = catalog.samples * len(catalog.views)
     columns: dict[str, tuple[Any, tuple[int, ...]]] = {
-        "logits": ("<f4", cache.shape),
-        "sample_id": (cache.catalog.schema.id_dtype, (len(cache),)),
-        "view": ("<u2", (len(cache),)),
+        "logits": ("<f4", (rows, *catalog.schema.encoding.row_shape)),
+        "sample_id": (catalog.schema.id_dtype, (rows,)),
+        "view": ("<u2", (rows,)),
     }
-    if cache.has_labels:
-        columns["label"] = ("<i8", (len(cache),))
+    if catalog.schema.has_labels:
+        columns["label"] = ("<i8", (rows,))
     return columns
 
 
-def _column(rows: TeacherRows, name: str) -> np.ndarray:
-    values: np.ndarray = rows.dense() if name == "logits" else getattr(rows, name)
-    return values
+def _column(catalog: Catalog, name: str) -> Iterator[np.ndarray]:
+    """The values of one column, block by block in the order of the rows."""
+    for _, _, block in scan(catalog, block_bytes=_BLOCK_BYTES):
+        yield decode(catalog.schema.encoding, block) if name == "logits" else block[name]
 
 
-def _write_npz(cache: Cache, file: IO[bytes], *, compressed: bool) -> None:
+def _write_npz(catalog: Catalog, sink: _ForgivingFile, *, compressed: bool) -> None:
     """One member an array, streamed: an .npy header, then the rows block by block."""
     method = zipfile.ZIP_DEFLATED if compressed else zipfile.ZIP_STORED
-    with zipfile.ZipFile(file, "w", method, allowZip64=True) as archive:
-        for name, (dtype, shape) in _columns(cache).items():
+    with zipfile.ZipFile(cast(IO[bytes], sink), "w", method, allowZip64=True) as archive:
+        for name, (dtype, shape) in _columns(catalog).items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                 header = {"descr": dtype, "fortran_order": False, "shape": shape}
                 np.lib.format.write_array_header_1_0(member, header)
-                for _, rows in _blocks(cache):
-                    member.write(np.ascontiguousarray(_column(rows, name), dtype).tobytes())
+                for values in _column(catalog, name):
+                    member.write(np.ascontiguousarray(values, dtype).tobytes())
+                    sink.raise_error()
 
 
-def _write_h5(cache: Cache, sink: _ForgivingFile, compress: str | None) -> None:
+def _write_h5(catalog: Catalog, sink: _ForgivingFile, compress: str | None) -> None:
     with h5py.File(sink, "w") as file:
-        for name, (dtype, shape) in _columns(cache).items():
+        for name, (dtype, shape) in _columns(catalog).items():
             chunks = (min(256, shape[0]), *shape[1:])
             data = file.create_dataset(name, shape, dtype, chunks=chunks, compression=compress)
-            for start, rows in _blocks(cache):
-                data[start : start + len(rows)] = _column(rows, name)
+            start = 0
+            for values in _column(catalog, name):
+                data[start : start + len(values)] = values
+                start += len(values)
                 sink.raise_error()
-        file.attrs["provenance"] = np.bytes_(canonical_json({**cache.provenance, "root": cache.root}))
-    sink.raise_error()
+        file.attrs["provenance"] = np.bytes_(canonical_json({**catalog.provenance, "root": catalog.root}))
 
 
 class _ForgivingFile:
-    """What libhdf5 takes for a file. A failed write seems to succeed; `raise_error` raises it afterwards."""
+    """A file for libhdf5 and zipfile. A failed call seems to succeed; `raise_error` raises it afterwards."""
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, path: Path) -> None:
         self._fd = fd
+        self._path = path
         self._position = 0
         self._size = 0
-        self._error: OSError | None = None
+        self._error: OSError | KDCacheError | None = None
 
     def raise_error(self) -> None:
-        """Raises the first OSError of any write."""
+        """Raises the first error of any call."""
         if self._error is not None:
             raise self._error
 
@@ -155,9 +165,13 @@ class _ForgivingFile:
 
     def readinto(self, buffer: Any) -> int:
         raw = memoryview(buffer).cast("B")
-        data = os.pread(self._fd, len(raw), self._position)
-        raw[: len(data)] = data
-        raw[len(data) :] = bytes(len(raw) - len(data))
+        there = min(len(raw), max(0, self._size - self._position))
+        data = bytes(len(raw))
+        try:
+            data = posix.read_exactly(self._fd, self._position, there, self._path) + bytes(len(raw) - there)
+        except KDCacheError as error:
+            self._error = self._error or error
+        raw[:] = data
         self._position += len(raw)
         return len(raw)
 

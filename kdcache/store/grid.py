@@ -17,6 +17,7 @@ import numpy as np
 from kdcache.errors import UsageError
 from kdcache.store.mapping import PreadRegion, Region, grid_rows
 from kdcache.store.parts import Catalog, Part, open_part
+from kdcache.store.posix import close_reader
 
 _RESIDENCE_SAMPLE = 8
 
@@ -71,6 +72,20 @@ class Grid:
         places: np.ndarray = rows + self._shift[parts]
         return places
 
+    def prepare(self, start: int, stop: int) -> None:
+        """Maps the parts of rows [start, stop), whose files are then known to hold what the manifest claims.
+
+        For callers who make room for all of these rows before they locate them.
+
+        Raises:
+            UsageError, CorruptCacheError, IncompleteCacheError: as `locate`.
+        """
+        if not self.regions:
+            raise UsageError(f"{self._name} is closed; open it again")
+        if start < stop and not self._all_mapped:
+            first, last = np.searchsorted(self._starts, [start, stop - 1], side="right") - 1
+            self._map(np.arange(first, last + 1))
+
     def part_of(self, row: int) -> Part:
         """The part that holds a row."""
         return self._parts[int(np.searchsorted(self._starts, row, side="right")) - 1]
@@ -108,7 +123,7 @@ class Grid:
     def _open(self, number: int) -> None:
         part, start = self._parts[number], int(self._grid_starts[number])
         fd = open_part(part)
-        close_descriptor = weakref.finalize(self, os.close, fd)
+        close_descriptor = weakref.finalize(self, close_reader, fd)
         close_descriptor.atexit = False
         try:
             for name, region in self.regions.items():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
+from kdcache.store import posix
 from kdcache.store.folder import PLAN, SHARDS
 from kdcache.store.parts import Catalog, read_catalog
 
@@ -16,9 +18,10 @@ def describe(path: str | Path) -> dict[str, Any]:
         path: a folder or a one-file cache.
 
     Returns:
-        `kind`, `root`, `samples`, `views`, `rows`, `classes`, `encoding`, `bytes` (on disk), `bytes_per_row`
-        (`payload` of the encoding, `total` on disk), `shards`, `clamped` (None for one file, which does not
-        say), `unlisted` (files in the folder that the manifest does not list), `provenance`, `created`.
+        `kind`, `root`, `samples`, `views`, `absent_views` (of the dump; the folder holds no shard of them),
+        `rows`, `classes`, `encoding`, `bytes` (on disk), `bytes_per_row` (`payload` of the encoding, `total` on
+        disk), `shards`, `clamped` (None for one file, which does not say), `unlisted` (files in the folder that
+        the manifest does not list), `provenance`, `created`.
 
     Raises:
         IncompleteCacheError: nothing there, or not finished.
@@ -34,6 +37,7 @@ def describe(path: str | Path) -> dict[str, Any]:
         "format": 1,
         "samples": catalog.samples,
         "views": list(catalog.views),
+        "absent_views": list(catalog.absent_views),
         "rows": rows,
         "classes": {"count": catalog.classes.count, "names": list(names) if names else None},
         "encoding": catalog.schema.encoding.to_json(),
@@ -58,6 +62,6 @@ def describe(path: str | Path) -> dict[str, Any]:
 def unlisted(folder: Path, catalog: Catalog) -> list[str]:
     """Names in the shards folder that the manifest does not list; readers ignore them."""
     listed = {part.path.name for part in catalog.parts}
-    present = (folder / SHARDS).iterdir() if (folder / SHARDS).is_dir() else ()
-    found = sorted(e.name for e in present if e.name not in listed)
-    return [*found, *([PLAN] if (folder / PLAN).exists() else [])]
+    present = [] if os.path.islink(folder / SHARDS) else posix.names_in(folder / SHARDS)  # a link leads elsewhere
+    found = [name for name in present if name not in listed]
+    return [*found, *([PLAN] if posix.exists(folder / PLAN) else [])]

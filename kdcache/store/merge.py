@@ -1,4 +1,4 @@
-"""`kdcache.merge`: a folder of shards into one file, or one view of many; rows are checked on the way.
+"""`kdcache.merge`: a cache as one file, or fewer of its views as a smaller cache; rows are checked on the way.
 
 A one-file cache reads fastest and travels as one thing; a folder is easier to produce, extend and pull in
 part. The rows, their checksums and their order are the same in both.
@@ -6,21 +6,28 @@ part. The rows, their checksums and their order are the same in both.
 
 from __future__ import annotations
 
+import contextlib
+import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
-from kdcache.errors import MismatchError, UsageError
+from kdcache.errors import CorruptCacheError, KDCacheError, MismatchError, UsageError
 from kdcache.format.headers import FileHeader
+from kdcache.format.schema import CRC_ARRAY, MAX_VIEWS
 from kdcache.store import posix
-from kdcache.store.cache import Cache
-from kdcache.store.cache import open as open_cache
-from kdcache.store.rows import TeacherRows
+from kdcache.store.dump import DumpFolder, open_dump
+from kdcache.store.folder import MANIFEST
+from kdcache.store.incoming import consecutive
+from kdcache.store.parts import Catalog, read_catalog
+from kdcache.store.plan import Plan, default_shard_rows
+from kdcache.store.removal import remove_dump, remove_empty
+from kdcache.store.scan import scan
 from kdcache.store.shards import ContainerWriter, remove_temporaries
 
-_BLOCK_BYTES = 8 << 20
+_FILE_NAMES = frozenset({".hdf5", ".hdf", ".npz", ".npy", ".safetensors"})  # meant for one file, surely
+_RANGE = re.compile(r"([0-9]{1,6})(?:-([0-9]{1,6}))?")
 
 
 def merge(
@@ -31,57 +38,77 @@ def merge(
     overwrite: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> str:
-    """Writes a one-file cache from a folder cache (or from another file).
+    """Writes a cache of the same rows, or of some views of them: one file, or a folder of shards.
 
     Args:
         source: a finished cache.
-        out: the file to make; its name ends in `.h5`.
+        out: the file to make, if its name ends in `.h5`, else the folder. The shards of a folder are those of the
+            source to the byte; a merge that was killed is finished by the same call.
         views: which views to take; all by default.
         overwrite: replace `out` if it exists.
         progress: called with the number of rows after each block.
 
     Returns:
-        The root hash of the new file.
+        The root hash of the new cache.
 
     Raises:
-        UsageError: `out` exists or does not end in `.h5`.
+        UsageError: `out` exists, is the source, or is named as a file of another kind.
         MismatchError: a view that the source does not have.
         CorruptCacheError: a damaged row in the source; nothing is written under `out`.
+        IncompleteCacheError: shards of these views are missing in the source.
         StorageError: the disk refused.
     """
     target = Path(out)
-    if target.suffix != ".h5":
-        raise UsageError(f"{target} must end in .h5: merge makes one file")
-    if target.exists() and not overwrite:
+    one_file = target.suffix == ".h5"
+    if target.suffix in _FILE_NAMES:
+        raise UsageError(f"{target} must end in .h5 to become one file; any other name becomes a folder")
+    remove_temporaries(target.parent, target.name, of_the_dead=True)
+    if one_file and posix.exists(target) and not overwrite:
         raise UsageError(f"{target} exists; choose another name or pass --overwrite")
-    with open_cache(source) as cache:
-        chosen = cache.views if views is None else tuple(sorted(set(views)))
-        unknown = sorted(set(chosen) - set(cache.views))
-        if unknown or not chosen:
-            raise MismatchError(f"{cache.path} has the views {list(cache.views)}, not {unknown}")
-        return _write(cache, target, chosen, overwrite=overwrite, progress=progress)
+    catalog = read_catalog(Path(source))
+    chosen = catalog.views if views is None else tuple(sorted(set(views)))
+    unknown = sorted(set(chosen) - set(catalog.views))
+    if unknown or not chosen:
+        absent = f" (of its dump, the views {list(catalog.absent_views)} are not here)" if catalog.absent_views else ""
+        raise MismatchError(f"{source} has the views {list(catalog.views)}{absent}, not {unknown}")
+    if one_file:
+        return _write_file(catalog, target, chosen, overwrite=overwrite, progress=progress)
+    if os.path.realpath(target) == os.path.realpath(source):
+        raise UsageError(f"{target} is the cache that is read; choose another name")
+    return _write_folder(catalog, target, chosen, overwrite=overwrite, progress=progress)
 
 
-def _write(
-    cache: Cache, target: Path, views: tuple[int, ...], *, overwrite: bool, progress: Callable[[int], None] | None
+def parse_views(text: str) -> tuple[int, ...]:
+    """The views that a text such as `0-3` or `0,2,5` names.
+
+    Raises:
+        UsageError: another text, or a number that no cache has.
+
+    >>> parse_views("0-2,5")
+    (0, 1, 2, 5)
+    """
+    found: set[int] = set()
+    for piece in text.split(","):
+        match = _RANGE.fullmatch(piece.strip())
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if not first <= last < MAX_VIEWS:
+            raise UsageError(
+                f"--views is {text!r:.50}; expected numbers below {MAX_VIEWS} and ranges of them, such as 0-3 or 0,2,5"
+            )
+        found.update(range(first, last + 1))
+    return tuple(sorted(found))
+
+
+def _write_file(
+    catalog: Catalog, target: Path, views: tuple[int, ...], *, overwrite: bool, progress: Callable[[int], None] | None
 ) -> str:
-    catalog = cache.catalog
     ids = None if catalog.first_id is None else (catalog.first_id, catalog.first_id + catalog.samples - 1)
     header = FileHeader(catalog.schema, catalog.classes, catalog.samples, views, ids, catalog.provenance)
     with posix.translated("create", target.parent):
         posix.make_folder(target.parent)
-    remove_temporaries(target.parent, target.name, of_the_dead=True)
     writer = ContainerWriter(target, catalog.schema, catalog.samples * len(views), header.dump(), hash_file=False)
     try:
-        step = max(1, _BLOCK_BYTES // catalog.schema.row_bytes)
-        for view in views:
-            slot = cache.views.index(view)
-            for start in range(0, catalog.samples, step):
-                positions = np.arange(start, min(start + step, catalog.samples))
-                rows = cache.gather(positions + slot * catalog.samples)
-                writer.append(stored_arrays(rows), view=view, positions=positions)
-                if progress is not None:
-                    progress(len(positions))
+        _copy(catalog, writer, views, None, progress)
         root = writer.finish_with_digests(
             lambda payload, rows: replace(header, payload_sha256=payload, rows_blake2b=rows).dump()
         )
@@ -93,11 +120,67 @@ def _write(
     return root
 
 
-def stored_arrays(rows: TeacherRows) -> dict[str, np.ndarray]:
-    """The arrays of a container but `view` and `row_crc`, from gathered rows."""
-    arrays: dict[str, np.ndarray] = {**rows.arrays, "sample_id": rows.sample_id}
-    if rows.label is not None:
-        arrays["label"] = rows.label
-    if rows.input_digest is not None:
-        arrays["input_digest"] = rows.input_digest
-    return arrays
+def _write_folder(
+    catalog: Catalog, target: Path, views: tuple[int, ...], *, overwrite: bool, progress: Callable[[int], None] | None
+) -> str:
+    if overwrite:
+        remove_dump(target)
+    elif posix.exists(target / MANIFEST):
+        raise UsageError(f"{target} exists; choose another name or pass --overwrite")
+    if catalog.classes.names is None:  # a header has room for the hash of a long list alone, a manifest needs the names
+        catalog = replace(catalog, classes=replace(catalog.classes, sha256=None))
+    rows = catalog.shard_rows or default_shard_rows(catalog.schema.row_bytes)
+    plan = Plan(catalog.schema, catalog.classes, rows, catalog.samples, catalog.provenance, views)
+    dump = open_dump(target, plan)
+    try:
+        dump.own()
+        for number in range(plan.shard_count):
+            _write_shard(catalog, dump, number, progress)
+        manifest = dump.finish(dump.all_records() or [], samples=catalog.samples)
+    except BaseException:
+        dump.disown()
+        dump.leave()
+        with contextlib.suppress(KDCacheError):  # in other hands
+            remove_dump(target)
+            remove_empty(target)
+        raise
+    dump.disown()
+    dump.leave()
+    if manifest is None:
+        raise CorruptCacheError(f"{target} was removed while it was written")
+    return manifest.root
+
+
+def _write_shard(catalog: Catalog, dump: DumpFolder, number: int, progress: Callable[[int], None] | None) -> None:
+    """One shard of the new folder, unless a merge that was killed has left it."""
+    view, start, stop = dump.plan.span(number)
+    index = number % dump.plan.shards_per_view
+    if not dump.claim(view, index):
+        return
+    same = (r.clamped for r in catalog.shards if (r.view, r.start, r.stop) == (view, start, stop))
+    writer = dump.container(view, index, start, stop)
+    try:
+        _copy(catalog, writer, (view,), (start, stop), progress, clamped=next(same, 0))
+        record = writer.record(view=view, start=start, ids=consecutive(writer.read_array("sample_id")))
+        dump.commit(writer, record, index)
+    except BaseException:
+        writer.abandon()
+        raise
+    finally:
+        dump.release(view, index)
+
+
+def _copy(
+    catalog: Catalog,
+    writer: ContainerWriter,
+    views: tuple[int, ...],
+    samples: tuple[int, int] | None,
+    progress: Callable[[int], None] | None,
+    clamped: int = 0,
+) -> None:
+    for view, positions, block in scan(catalog, views=views, samples=samples):
+        rows = {name: array for name, array in block.items() if name not in ("view", CRC_ARRAY)}
+        writer.append(rows, view=view, positions=positions, clamped=clamped)
+        clamped = 0
+        if progress is not None:
+            progress(len(positions))

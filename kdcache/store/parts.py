@@ -19,7 +19,7 @@ from kdcache.format.checksums import header_digest, rows_digest
 from kdcache.format.hdf5_parser import parse
 from kdcache.format.headers import FileHeader, parse_file_header
 from kdcache.format.manifest import ClassList, ShardRecord
-from kdcache.format.schema import RowSchema
+from kdcache.format.schema import CRC_ARRAY, RowSchema
 from kdcache.store import posix
 from kdcache.store.folder import MANIFEST, PLAN, SHARDS, read_manifest
 
@@ -40,10 +40,21 @@ class Part:
     header_blake2b: str | None
     arrays: dict[str, ArrayLayout]
 
+    def between(self, start: int, stop: int) -> Part:
+        """Its rows of samples [start, stop), perhaps none."""
+        first, last = max(start, self.start), min(stop, self.start + self.rows)
+        if (first, last) == (self.start, self.start + self.rows):
+            return self
+        rows = max(0, last - first)
+        return replace(self, start=first, rows=rows, arrays=slice_rows(self.arrays, first - self.start, rows))
+
 
 @dataclass(frozen=True)
 class Catalog:
-    """What an opened cache consists of, before any row is read."""
+    """What an opened cache consists of, before any row is read.
+
+    `absent_views` are those of the dump of which the folder holds no shard at all: it is a smaller cache of the rest.
+    """
 
     schema: RowSchema
     classes: ClassList
@@ -57,6 +68,13 @@ class Catalog:
     size_bytes: int
     created: str | None = None
     header: FileHeader | None = None
+    shard_rows: int | None = None
+    absent_views: tuple[int, ...] = ()
+
+    def with_views(self, views: tuple[int, ...]) -> Catalog:
+        """The same with some of the views; those left out are not said to be absent."""
+        parts = tuple(part for part in self.parts if part.view in views)
+        return replace(self, views=views, parts=parts, shards=tuple(r for r in self.shards if r.view in views))
 
 
 def read_catalog(path: Path) -> Catalog:
@@ -68,18 +86,24 @@ def read_catalog(path: Path) -> Catalog:
     """
     with posix.translated("open", path):
         real = Path(os.path.realpath(path))  # a link to a cache is fine, a link inside of one is not
-        is_folder, is_there = os.path.isdir(real), os.path.lexists(real)
-        if not is_there:
+        kind = posix.kind_of(real)
+        if kind is None:
             os.stat(real.parent)  # tells a missing file from a folder that may not be searched
-    if is_folder:
+    if kind == "folder":
         return _folder(real)
-    if is_there:
+    if kind is not None:
         return _file(real)
-    if Path(f"{path}.parts").is_dir():
+    if posix.is_folder(Path(f"{path}.parts")):
         raise IncompleteCacheError(f"{path} is not finished: run the same precompute command again to go on")
     raise IncompleteCacheError(
         f"{path} does not exist; check the path, or make a cache with `kdcache precompute --out {path.name}`"
     )
+
+
+def part_of(record: ShardRecord, folder: Path) -> Part:
+    """The part that a shard of a folder is."""
+    path = folder / SHARDS / record.file
+    return Part(path, record.view, record.start, record.rows, record.size, record.header_blake2b, record.arrays)
 
 
 def open_part(part: Part) -> int:
@@ -89,54 +113,85 @@ def open_part(part: Part) -> int:
         IncompleteCacheError: the file is missing.
         CorruptCacheError: its size or its header is not what the manifest says.
     """
-    fd, size = posix.open_regular(part.path)
+    fd, size = posix.open_regular(part.path, inside=part.header_blake2b is not None)
     try:
         if size != part.size:
             raise CorruptCacheError(
                 f"{part.path}: {size} bytes, the manifest says {part.size}; it is truncated, grown or another file"
             )
         if part.header_blake2b is not None:
+            refuse_hole(fd, part.path, part.arrays)
             found = header_digest(_reader(fd, part.path), part.arrays, size)
             if found != part.header_blake2b:
                 raise CorruptCacheError(
                     f"{part.path}: its header is not the one the manifest lists; fetch or dump this shard again"
                 )
     except BaseException:
-        os.close(fd)
+        posix.close_reader(fd)
         raise
     return fd
 
 
+def refuse_hole(fd: int, path: Path, arrays: dict[str, ArrayLayout]) -> None:
+    """Refuses a sparse file of any size, all of whose row checksums would be hashed before one is found wrong.
+
+    Whoever makes it pays nothing for its terabytes. A hole has at least 512 bytes: 128 checksums that are all zero.
+
+    Raises:
+        CorruptCacheError: row checksums that take no place on the disk.
+    """
+    layout = arrays[CRC_ARRAY]
+    if posix.has_hole(fd, layout.offset, layout.stop):
+        raise CorruptCacheError(f"{path}: row checksums were never written (a hole in a sparse file); fetch it again")
+
+
 def _folder(path: Path) -> Catalog:
-    if not (path / MANIFEST).exists():
-        if (path / PLAN).exists():
+    if not posix.exists(path / MANIFEST):
+        if posix.exists(path / PLAN):
             raise IncompleteCacheError(
                 f"{path} is a dump that is not finished (no {MANIFEST}): run the same precompute command again to go on"
             )
         raise IncompleteCacheError(f"{path} holds no {MANIFEST}: it is not a kdcache folder, or not all of it is there")
     manifest = read_manifest(path)
-    parts = tuple(
-        Part(path / SHARDS / r.file, r.view, r.start, r.rows, r.size, r.header_blake2b, r.arrays)
-        for r in manifest.shards
-    )
+    parts = tuple(part_of(record, path) for record in manifest.shards)
     ranges = [r.ids for r in manifest.shards]
     first = ranges[0][0] if ranges[0] else None
     affine = first is not None and all(
         ids is not None and ids[0] == first + r.start for ids, r in zip(ranges, manifest.shards, strict=True)
     )
+    here = _views_here(parts, manifest.views)
+    shards = tuple(r for r in manifest.shards if r.view in here)
     return Catalog(
         schema=manifest.schema,
         classes=manifest.classes,
         samples=manifest.samples,
-        views=manifest.views,
+        views=here,
         first_id=first if affine else None,
         provenance=manifest.provenance,
         root=manifest.root,
-        parts=parts,
-        shards=manifest.shards,
-        size_bytes=sum(r.size for r in manifest.shards),
+        parts=tuple(part for part in parts if part.view in here),
+        shards=shards,
+        size_bytes=sum(r.size for r in shards),
         created=manifest.created,
+        shard_rows=manifest.shard_rows,
+        absent_views=tuple(view for view in manifest.views if view not in here),
     )
+
+
+def _views_here(parts: tuple[Part, ...], views: tuple[int, ...]) -> tuple[int, ...]:
+    """The views of which a shard is there; all of them where that is none, since such a cache is not a smaller one.
+
+    One look at the first shard of each view, where nothing is missing.
+    """
+    if len(views) == 1:
+        return views
+    here = tuple(view for view in views if any(_is_name(p.path) for p in parts if p.view == view))
+    return here or views
+
+
+def _is_name(path: Path) -> bool:
+    """Whether the name is taken, if only by a link to nowhere: that is damage, and no shard that was not fetched."""
+    return posix.exists(path) or posix.is_link(path)
 
 
 def _file(path: Path) -> Catalog:
@@ -146,15 +201,18 @@ def _file(path: Path) -> Catalog:
         parsed = parse(read, size, name=str(path))
         header = parse_file_header(parsed.attribute, rows=parsed.rows, where=str(path))
         header.schema.check_arrays(parsed.arrays, parsed.rows, size, where=str(path))
+        refuse_hole(fd, path, parsed.arrays)
         if rows_digest(read, parsed.arrays) != header.rows_blake2b:
             raise CorruptCacheError(
                 f"{path}: its ids or row checksums are not those of its header; fetch or dump it again"
             )
         root = header_digest(read, parsed.arrays, size)
     finally:
-        os.close(fd)
+        posix.close_reader(fd)
     parts = tuple(
-        Part(path, view, 0, header.samples, size, None, _slice(parsed.arrays, slot * header.samples, header.samples))
+        Part(
+            path, view, 0, header.samples, size, None, slice_rows(parsed.arrays, slot * header.samples, header.samples)
+        )
         for slot, view in enumerate(header.views)
     )
     return Catalog(
@@ -172,7 +230,8 @@ def _file(path: Path) -> Catalog:
     )
 
 
-def _slice(arrays: dict[str, ArrayLayout], start: int, rows: int) -> dict[str, ArrayLayout]:
+def slice_rows(arrays: dict[str, ArrayLayout], start: int, rows: int) -> dict[str, ArrayLayout]:
+    """Where rows [start, start + rows) of some arrays lie."""
     return {
         name: replace(a, offset=a.offset + start * a.spec.row_bytes, shape=a.spec.shape(rows))
         for name, a in arrays.items()

@@ -9,15 +9,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from kdcache.errors import CorruptCacheError, MismatchError, UsageError
+from kdcache.errors import CorruptCacheError, MismatchError, UsageError, printable
 from kdcache.format.headers import FileHeader
-from kdcache.format.identity import canonical_json
-from kdcache.format.manifest import ClassList, Manifest, check_version, parse_classes, parse_provenance
+from kdcache.format.manifest import MAX_SHARDS, ClassList, Manifest, check_version, parse_classes, parse_provenance
 from kdcache.format.schema import FORMAT_VERSION, MAX_VIEWS, RowSchema, schema_from_json
-from kdcache.format.strict_json import load_json
+from kdcache.format.sealed import dump_sealed, load_sealed
 
 KIND = "plan"
 DEFAULT_SHARD_BYTES = 256 << 20
+MAX_SHARD_ROWS = 1 << 28  # libhdf5 counts through the chunks of a file that it lays out: 27 ns each, here up to 1 s
+MAX_SHARD_BYTES = 1 << 43
 _ROW_GRID = 4096
 
 
@@ -28,6 +29,11 @@ _HINTS = {
     "provenance.data.dumped": "the number of samples, --limit",
     "provenance.data": "the data set",
     "provenance.transform": "the teacher's transform",
+    "provenance.views.augment": "--augment",
+    "provenance.views.seed": "--seed",
+    "provenance.views": "the pipeline that makes the views, --augment",
+    "views": "--views",
+    "provenance.output_key": "--output-key",
     "provenance.precision.batch_size": "--batch-size",
     "provenance.precision.threads": "--threads",
     "provenance.precision.amp": "--amp",
@@ -64,6 +70,14 @@ class Plan:
     def __post_init__(self) -> None:
         if self.shard_rows < 1:
             raise UsageError(f"shard_rows must be at least 1, found {self.shard_rows}")
+        rows = min(self.shard_rows, self.shard_rows if self.samples is None else self.samples)
+        if rows > MAX_SHARD_ROWS or rows * self.schema.row_bytes > MAX_SHARD_BYTES:
+            raise UsageError(
+                f"a shard of {rows} rows of {self.schema.row_bytes} bytes is too large: at most {MAX_SHARD_ROWS} rows "
+                f"and {MAX_SHARD_BYTES} bytes; choose a smaller shard_rows"
+            )
+        if self.samples is not None:
+            check_shard_count(self.shard_count)
 
     @property
     def shards_per_view(self) -> int:
@@ -98,7 +112,17 @@ class Plan:
 
     def dump(self) -> bytes:
         """The bytes of `plan.json`."""
-        return canonical_json(self.to_json()).encode() + b"\n"
+        return dump_sealed(self.to_json())
+
+
+def check_shard_count(count: int) -> None:
+    """Refuses a dump whose manifest no reader would take.
+
+    Raises:
+        UsageError: more than 8,192 shards.
+    """
+    if count > MAX_SHARDS:
+        raise UsageError(f"{count} shards, and a cache has at most {MAX_SHARDS}; choose a larger shard_rows")
 
 
 def parse_plan(text: bytes, *, where: str) -> Plan:
@@ -107,7 +131,7 @@ def parse_plan(text: bytes, *, where: str) -> Plan:
     Raises:
         CorruptCacheError: not a plan of format 1.
     """
-    value = load_json(text, where=where)
+    value = load_sealed(text, where=where, advice="replace the dump with --overwrite")
     check_version(value, kind=KIND, where=where)
     schema = schema_from_json(value, where=where)
     classes = parse_classes(value.get("classes"), schema, where=where)
@@ -117,8 +141,13 @@ def parse_plan(text: bytes, *, where: str) -> Plan:
         raise CorruptCacheError(f"{where}: shard_rows and samples must be positive integers")
     if not isinstance(views, list) or not views or not all(type(v) is int and 0 <= v < MAX_VIEWS for v in views):
         raise CorruptCacheError(f"{where}: views must be a list of numbers below {MAX_VIEWS}")
+    if views != sorted(set(views)):
+        raise CorruptCacheError(f"{where}: views must ascend")
     provenance = parse_provenance(value.get("provenance"), where=where)
-    return Plan(schema, classes, int(shard_rows or 0), samples, provenance, tuple(views))
+    try:
+        return Plan(schema, classes, int(shard_rows or 0), samples, provenance, tuple(views))
+    except UsageError as error:
+        raise CorruptCacheError(f"{where}: {error}") from None
 
 
 def plan_of_manifest(manifest: Manifest, *, samples_known: bool) -> Plan:
@@ -127,13 +156,21 @@ def plan_of_manifest(manifest: Manifest, *, samples_known: bool) -> Plan:
     return Plan(manifest.schema, manifest.classes, manifest.shard_rows, samples, manifest.provenance, manifest.views)
 
 
-def require_same_plan(found: Plan, wanted: Plan, *, where: str) -> None:
+def require_same_plan(found: Plan, wanted: Plan, *, where: str, holder: int | None = None) -> None:
     """Compares the plan of a dump with the one that a command asks for.
 
+    Args:
+        found: of the dump.
+        wanted: of the command.
+        where: for the message.
+        holder: a process that works on the dump, if any.
+
     Raises:
-        MismatchError: naming the first field that differs, with both values.
+        MismatchError: naming the first field that differs, with both values, and the holder.
     """
-    _require_same(found.to_json(), wanted.to_json(), where=where)
+    difference = first_difference(found.to_json(), wanted.to_json())
+    if difference is not None:
+        raise_difference(difference, where=where, holder=holder)
 
 
 def require_same_file(found: FileHeader, wanted: Plan, *, where: str) -> None:
@@ -146,34 +183,46 @@ def require_same_file(found: FileHeader, wanted: Plan, *, where: str) -> None:
     value = wanted.to_json()
     if found.classes.names is None:
         value["classes"] = {**value["classes"], "names": None}
-    _require_same(as_plan.to_json(), value, where=where)
-
-
-def _require_same(found: dict[str, Any], wanted: dict[str, Any], *, where: str) -> None:
-    difference = first_difference(found, wanted)
+    difference = first_difference(as_plan.to_json(), value)
     if difference is not None:
         raise_difference(difference, where=where)
 
 
-def raise_difference(difference: tuple[str, Any, Any], *, where: str) -> NoReturn:
+def raise_difference(difference: tuple[str, Any, Any], *, where: str, holder: int | None = None) -> NoReturn:
     """The refusal of a dump that is another one, from what `first_difference` found.
 
     Raises:
-        MismatchError: always.
+        MismatchError: always; a dump that a process works on cannot be overwritten, so that is not advised then.
     """
     field, left, right = difference
     hint = next((f" ({hint})" for end, hint in _HINTS.items() if field == end or field.startswith(f"{end}.")), "")
+    values = f"{printable(field):.200} is {left!r:.200} there and {right!r:.200} in this command{hint}"
+    if holder is not None:
+        raise MismatchError(
+            f"{where} holds another dump: {values}, and process {holder} is at work on it. Use the same settings to "
+            "share that work, or another --out for a new dump"
+        )
     raise MismatchError(
-        f"{where} holds another dump: {field} is {left!r:.200} there and {right!r:.200} in this command{hint}. "
-        "Use the same settings to resume, another --out for a new dump, or --overwrite to replace it"
+        f"{where} holds another dump: {values}. Use the same settings to resume, another --out for a new dump, or "
+        "--overwrite to replace it"
     )
 
 
-def first_difference(found: Any, wanted: Any, field: str = "") -> tuple[str, Any, Any] | None:
-    """The first field, in sorted order and dotted, in which two JSON values differ, with both values."""
+def first_difference(
+    found: Any, wanted: Any, field: str = "", *, is_partial: bool = False
+) -> tuple[str, Any, Any] | None:
+    """The first field, in sorted order and dotted, in which two JSON values differ, with both values.
+
+    Args:
+        found: one value.
+        wanted: the other.
+        field: the name of both.
+        is_partial: a field that `wanted` lacks is not known yet and differs from nothing.
+    """
     if isinstance(found, dict) and isinstance(wanted, dict):
-        for key in sorted(found.keys() | wanted.keys()):
-            inner = first_difference(found.get(key), wanted.get(key), f"{field}.{key}" if field else key)
+        for key in sorted(wanted.keys() if is_partial else found.keys() | wanted.keys()):
+            name = f"{field}.{key}" if field else key
+            inner = first_difference(found.get(key), wanted.get(key), name, is_partial=is_partial)
             if inner is not None:
                 return inner
         return None

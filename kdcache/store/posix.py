@@ -2,7 +2,8 @@
 
 libhdf5 never writes to the disk: on a full disk h5py segfaults in `close()` in 9 of 13 write modes, and
 its `flush` never fsyncs. Here every call is checked, short writes go on, and every OSError becomes a
-StorageError that names the file and what to do.
+StorageError that names the file and what to do. A file that cannot be looked at is not a file that is missing, and
+`os.path.exists` says False for both: a finished dump would be done again.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 
 from kdcache.errors import CorruptCacheError, IncompleteCacheError, StorageError
 
+TEMPORARY_PREFIX = ".tmp-"
 _SYNC_FILE_RANGE_WRITE = 2
 _sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)  # Linux
 if _sync_file_range is not None:
@@ -29,8 +31,18 @@ _ADVICE = {
     errno.EROFS: "the file system is read-only; choose another --out",
     errno.EACCES: "no permission; choose another --out or change the folder's mode",
     errno.EPERM: "not permitted; choose another --out or change the folder's mode",
+    errno.ENOTDIR: "a part of this path is a file; choose another folder",
     errno.EIO: "the disk reported an I/O error; check it, then run the same command again",
 }
+
+
+_KINDS = (
+    (stat.S_ISFIFO, "a FIFO"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+    (stat.S_ISDIR, "a folder"),
+)
+_in_hand: set[str] = set()  # names of temporary files that this process is writing
 
 
 @contextlib.contextmanager
@@ -43,35 +55,144 @@ def translated(action: str, path: Path) -> Iterator[None]:
         raise StorageError(f"could not {action} {path}: {error.strerror or error}; {advice}") from error
 
 
+def kind_of(path: Path) -> str | None:
+    """What a path leads to: `file`, `folder`, `other`; None if there is nothing.
+
+    Raises:
+        StorageError: the system does not say.
+    """
+    with translated("look at", path):
+        try:
+            mode = os.stat(path).st_mode
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                return None
+            raise
+    return "file" if stat.S_ISREG(mode) else "folder" if stat.S_ISDIR(mode) else "other"
+
+
+def exists(path: Path) -> bool:
+    """Whether there is anything; like the two below, an error where the system does not say."""
+    return kind_of(path) is not None
+
+
+def is_file(path: Path) -> bool:
+    """Whether it is a regular file, or a link to one."""
+    return kind_of(path) == "file"
+
+
+def is_folder(path: Path) -> bool:
+    """Whether it is a folder, or a link to one."""
+    return kind_of(path) == "folder"
+
+
+def is_link(path: Path) -> bool:
+    """Whether the path itself is a symbolic link, wherever it leads."""
+    with translated("look at", path), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        return stat.S_ISLNK(os.lstat(path).st_mode)
+    return False
+
+
+def names_in(folder: Path) -> list[str]:
+    """The names in a folder, sorted; none if there is no such folder.
+
+    Raises:
+        StorageError: it cannot be read.
+    """
+    with translated("read", folder), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        return sorted(os.listdir(folder))
+    return []
+
+
+def new_temporary(final: Path) -> Path:
+    """A name beside `final` to write to first: `.tmp-NAME-PROCESS-RANDOM`; `rename`, `publish` or `drop` ends it."""
+    temporary = final.with_name(f"{TEMPORARY_PREFIX}{final.name}-{os.getpid()}-{os.urandom(4).hex()}")
+    _in_hand.add(temporary.name)
+    return temporary
+
+
+def is_in_hand(name: str, process: int) -> bool:
+    """Whether a temporary file belongs to a process of this machine that is alive, and to us only if we still write it.
+
+    Where a disk failed for good the file could not be removed either, and a notebook goes on for days.
+    """
+    if process == os.getpid():
+        return name in _in_hand
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True  # somebody else's
+    return True
+
+
 def create(path: Path) -> int:
     """A descriptor of a new file, opened for reading and writing; an existing file is an error."""
     return os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0), 0o644)
 
 
-def open_regular(path: Path) -> tuple[int, int]:
+def open_or_create(path: Path) -> int:
+    """A descriptor of a file that may be there, opened for reading and writing."""
+    return os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
+
+
+def open_regular(path: Path, *, inside: bool = False) -> tuple[int, int]:
     """(descriptor, size) of an existing regular file, opened for reading, never followed or waited for.
+
+    Args:
+        path: the file.
+        inside: the folder that holds it must not be a link either: it is one of the cache's own.
 
     Raises:
         IncompleteCacheError: there is no such file.
         CorruptCacheError: it is a link, a FIFO, a device or a folder.
         StorageError: it cannot be opened.
     """
+    folder = None
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | getattr(os, "O_NOFOLLOW", 0))
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | getattr(os, "O_NOFOLLOW", 0)
+        if inside:
+            folder = os.open(path.parent, flags)  # not O_DIRECTORY, which hides what else it is
+        fd = os.open(path.name if inside else path, flags, dir_fd=folder)
     except FileNotFoundError:
         raise IncompleteCacheError(f"{path} is missing; fetch it again, or run the dump again to make it") from None
     except OSError as error:
+        what = path.parent if inside and folder is None else path
         if error.errno == errno.ELOOP:
-            raise CorruptCacheError(f"{path} is a symbolic link; a cache holds regular files only") from None
+            raise CorruptCacheError(f"{what} is a symbolic link; a cache holds regular files only") from None
+        if error.errno == errno.ENOTDIR:
+            raise CorruptCacheError(f"{path.parent} is not a folder; a cache keeps its shards in one") from None
+        if error.errno == errno.ENXIO:
+            raise CorruptCacheError(f"{what} is a socket; a cache holds regular files only") from None
         raise StorageError(f"could not open {path}: {error.strerror or error}") from error
+    finally:
+        if folder is not None:
+            close_reader(folder)
     try:
-        status = os.fstat(fd)
+        with translated("look at", path):
+            status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
-            raise CorruptCacheError(f"{path} is not a regular file; a cache holds regular files only")
+            kind = next((name for test, name in _KINDS if test(status.st_mode)), "something else")
+            raise CorruptCacheError(f"{path} is {kind}, not a regular file; a cache holds regular files only")
     except BaseException:
-        os.close(fd)
+        close_reader(fd)
         raise
     return fd, status.st_size
+
+
+def has_hole(fd: int, start: int, stop: int) -> bool:
+    """Whether a file has bytes in [start, stop) that take no place on the disk and read as zero; False if unknown."""
+    try:
+        return os.lseek(fd, start, os.SEEK_HOLE) < stop
+    except (OSError, AttributeError):  # a file system, or a Python, that does not say
+        return False
+
+
+def close_reader(fd: int) -> None:
+    """Closes a descriptor that was read from; an error then says nothing about what was read."""
+    with contextlib.suppress(OSError):
+        os.close(fd)
 
 
 def read_exactly(fd: int, offset: int, length: int, path: Path) -> bytes:
@@ -106,7 +227,7 @@ def read_file(path: Path, limit: int) -> bytes:
             raise CorruptCacheError(f"{path}: {size} bytes, more than the limit of {limit}")
         return read_exactly(fd, 0, size, path)
     finally:
-        os.close(fd)
+        close_reader(fd)
 
 
 def pwrite_all(fd: int, data: bytes | memoryview, offset: int) -> None:
@@ -114,6 +235,8 @@ def pwrite_all(fd: int, data: bytes | memoryview, offset: int) -> None:
     left = memoryview(data).cast("B")
     while len(left):
         count = os.pwrite(fd, left, offset)
+        if count == 0:
+            raise OSError(errno.EIO, "the system wrote nothing and gave no reason")
         left, offset = left[count:], offset + count
 
 
@@ -155,6 +278,7 @@ def link(source: Path, target: Path) -> None:
 def rename(source: Path, target: Path) -> None:
     """Moves a file over `target` in one step."""
     os.replace(source, target)
+    _in_hand.discard(source.name)
 
 
 def unlink(path: Path) -> None:
@@ -163,17 +287,50 @@ def unlink(path: Path) -> None:
         os.unlink(path)
 
 
+def drop(temporary: Path) -> None:
+    """Removes a temporary file if it is there; never raises."""
+    _in_hand.discard(temporary.name)
+    with contextlib.suppress(OSError):
+        os.unlink(temporary)
+
+
 def make_folder(path: Path) -> None:
-    """Makes a folder and its parents; an existing one is fine."""
-    path.mkdir(parents=True, exist_ok=True)
+    """Makes a folder and its parents; an existing one is fine. Afterwards their names are on the disk.
+
+    Also those of folders which were there: whoever made them may have been killed before that. A folder gets its first
+    one inside only when its own name is on the disk, so no more than two levels are in doubt.
+    """
+    if not is_folder(path):
+        if is_folder(path.parent):
+            _sync_name(path.parent)
+        else:
+            make_folder(path.parent)
+        try:
+            os.mkdir(path)
+        except FileExistsError:  # another process made it, or it is none
+            if not is_folder(path):
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from None
+    _sync_name(path)
+
+
+def _sync_name(folder: Path) -> None:
+    with contextlib.suppress(PermissionError):  # a parent that may not be read cannot be synced
+        fsync_folder(folder.parent)
 
 
 def publish(temporary: Path, final: Path) -> bool:
-    """Gives a finished, fsynced temporary file its final name; never overwrites.
+    """Gives a finished, fsynced temporary file its final name, which is on the disk afterwards; never overwrites.
 
     Returns:
         True, or False where `final` exists already (then nothing is changed but the temporary name).
     """
+    published = _link_or_rename(temporary, final)
+    _in_hand.discard(temporary.name)
+    fsync_folder(final.parent)  # a file that is there may be that of a process which was killed before this line
+    return published
+
+
+def _link_or_rename(temporary: Path, final: Path) -> bool:
     try:
         link(temporary, final)
     except FileExistsError:
@@ -184,13 +341,12 @@ def publish(temporary: Path, final: Path) -> bool:
             raise
         # No hard links on this file system (FAT, some network mounts). The caller holds the lock of this
         # name, so looking first and renaming then cannot overwrite another process's file.
-        if final.exists():
+        if exists(final):
             unlink(temporary)
             return False
         rename(temporary, final)
     else:
         unlink(temporary)
-    fsync_folder(final.parent)
     return True
 
 
@@ -208,7 +364,7 @@ def write_file(path: Path, data: bytes, *, replace: bool) -> bool:
     Raises:
         StorageError: any failure; no temporary file is left.
     """
-    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}-{os.urandom(4).hex()}")
+    temporary = new_temporary(path)
     with translated("write", path):
         try:
             fd = create(temporary)
@@ -224,6 +380,5 @@ def write_file(path: Path, data: bytes, *, replace: bool) -> bool:
             fsync_folder(path.parent)
             return True
         except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
+            drop(temporary)
             raise

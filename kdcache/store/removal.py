@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 from pathlib import Path
 
@@ -13,7 +12,8 @@ from kdcache.store import posix
 from kdcache.store.folder import MANIFEST, PLAN, SHARDS
 from kdcache.store.locks import lock_file
 from kdcache.store.parts import read_catalog
-from kdcache.store.shards import TEMPORARY_PREFIX, remove_temporaries
+from kdcache.store.posix import TEMPORARY_PREFIX
+from kdcache.store.shards import remove_temporaries
 
 _IN_SHARDS = re.compile(rf"{SHARD_NAME.pattern[:-2]}(h5|json)|\.tmp-.*")
 _OURS = {MANIFEST, PLAN, SHARDS, ".lock", "README.md", CLASSES_FILE}
@@ -24,14 +24,17 @@ def refuse_foreign(folder: Path) -> None:
 
     Raises:
         UsageError: naming the first foreign entry.
+        CorruptCacheError: the folder of the shards is a link.
     """
-    if not folder.exists():
+    kind = posix.kind_of(folder)
+    if kind is None:
         return
-    if not folder.is_dir():
+    if kind != "folder":
         raise UsageError(f"{folder} exists and is not a folder; choose another --out")
-    with posix.translated("read", folder):
-        names = set(os.listdir(folder))
-        shards = os.listdir(folder / SHARDS) if (folder / SHARDS).is_dir() else []
+    if posix.is_link(folder / SHARDS):  # what is removed there would be somebody's files
+        raise CorruptCacheError(f"{folder / SHARDS} is a symbolic link; a cache holds a folder of its own there")
+    names = set(posix.names_in(folder))
+    shards = posix.names_in(folder / SHARDS) if posix.is_folder(folder / SHARDS) else []
     foreign = sorted(n for n in names - _OURS if not n.startswith(TEMPORARY_PREFIX))
     foreign += sorted(f"{SHARDS}/{n}" for n in shards if not _IN_SHARDS.fullmatch(n))
     if names and not names & {MANIFEST, PLAN, SHARDS, ".lock"}:
@@ -50,7 +53,7 @@ def remove_dump(folder: Path) -> None:
         MismatchError: another process works on it.
     """
     refuse_foreign(folder)
-    if not folder.exists():
+    if not posix.exists(folder):
         return
     locks = lock_file(folder)
     with posix.translated("lock", folder):
@@ -63,12 +66,13 @@ def remove_dump(folder: Path) -> None:
 
 
 def remove_one_file(path: Path) -> None:
-    """Removes a one-file cache (`--overwrite`); a missing one is fine.
+    """Removes a one-file cache (`--overwrite`) and what a process left that was killed while it wrote one.
 
     Raises:
         UsageError: not a cache, or so damaged that it cannot be told from a file of somebody else's.
     """
-    if not path.is_file():
+    remove_temporaries(path.parent, path.name, of_the_dead=True)
+    if not posix.is_file(path):
         return
     try:
         read_catalog(path)
@@ -79,6 +83,7 @@ def remove_one_file(path: Path) -> None:
         ) from error
     with posix.translated("remove", path):
         posix.unlink(path)
+        posix.fsync_folder(path.parent)
 
 
 def clear_dump(folder: Path) -> None:
@@ -89,17 +94,28 @@ def clear_dump(folder: Path) -> None:
         for name in (MANIFEST, "README.md", CLASSES_FILE):
             posix.unlink(folder / name)
         posix.fsync_folder(folder)
-        if (folder / SHARDS).is_dir():
-            for name in sorted(os.listdir(folder / SHARDS), key=lambda n: not n.endswith(".json")):
+        if posix.is_folder(folder / SHARDS):
+            for name in sorted(posix.names_in(folder / SHARDS), key=lambda n: not n.endswith(".json")):
                 posix.unlink(folder / SHARDS / name)
             posix.fsync_folder(folder / SHARDS)
         posix.unlink(folder / PLAN)
         posix.fsync_folder(folder)
 
 
+def clear_parts(folder: Path, merged: Path) -> None:
+    """Removes the shards that were merged into a file, once the file's name is on the disk: whoever gave it the name
+    may have been killed before that. The caller holds the lock FINISH."""
+    with posix.translated("write", merged):
+        posix.fsync_folder(merged.parent)
+    remove_temporaries(merged.parent, merged.name)
+    clear_dump(folder)
+    remove_empty(folder)
+
+
 def remove_empty(folder: Path) -> None:
     """Removes a dump folder that `clear_dump` has emptied; whatever else is in it stays."""
     with contextlib.suppress(OSError):
-        (folder / SHARDS).rmdir()
-        (folder / ".lock").unlink()
+        with contextlib.suppress(FileNotFoundError):  # another process that leaves is a step ahead
+            (folder / SHARDS).rmdir()
+        (folder / ".lock").unlink(missing_ok=True)
         folder.rmdir()

@@ -28,6 +28,9 @@ class TeacherRows:
         label: (N,) int64, -1 where a row has none; None where the cache has no labels.
         has_teacher: (N,) bool; False for a sample that the cache does not hold.
         input_digest: (N,) uint64, always NumPy; None where the dump took none.
+        label_b: (N,) int64, the second label of mixed views (MixUp, CutMix), -1 where it has none; None where
+            nothing was mixed.
+        mix_ratio: (N,) float32, the share of the first; None with `label_b`.
     """
 
     encoding: Encoding
@@ -37,6 +40,8 @@ class TeacherRows:
     label: Any | None
     has_teacher: Any
     input_digest: np.ndarray | None = None
+    label_b: Any | None = None
+    mix_ratio: Any | None = None
 
     def __len__(self) -> int:
         return len(self.sample_id)
@@ -67,6 +72,8 @@ class TeacherRows:
             view=pick(self.view),
             label=pick(self.label),
             has_teacher=pick(self.has_teacher),
+            label_b=pick(self.label_b),
+            mix_ratio=pick(self.mix_ratio),
             input_digest=None if self.input_digest is None else self.input_digest[positions],
         )
 
@@ -85,6 +92,8 @@ class TeacherRows:
             view=convert(self.view.astype(np.int64)),
             label=None if self.label is None else convert(self.label),
             has_teacher=convert(self.has_teacher),
+            label_b=None if self.label_b is None else convert(self.label_b),
+            mix_ratio=None if self.mix_ratio is None else convert(self.mix_ratio),
         )
 
     def to(self, device: Any, *, non_blocking: bool = False) -> TeacherRows:
@@ -102,6 +111,8 @@ class TeacherRows:
             view=function(self.view),
             label=None if self.label is None else function(self.label),
             has_teacher=function(self.has_teacher),
+            label_b=None if self.label_b is None else function(self.label_b),
+            mix_ratio=None if self.mix_ratio is None else function(self.mix_ratio),
         )
 
     @staticmethod

@@ -8,7 +8,6 @@ from the page cache at the end.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -16,17 +15,16 @@ from pathlib import Path
 
 import numpy as np
 
-from kdcache.format.arrays import ArrayLayout
 from kdcache.format.checksums import header_digest, row_crcs, rows_digest
 from kdcache.format.hdf5_header import FileLayout, build_layout
 from kdcache.format.manifest import ShardRecord
 from kdcache.format.schema import CRC_ARRAY, RowSchema
 from kdcache.store import posix
 from kdcache.store.hashing import OverlappedHash
+from kdcache.store.posix import TEMPORARY_PREFIX
 
 _BLOCK_BYTES = 4 << 20
 _WRITEBACK_BYTES = 8 << 20  # begun early, the disk works while rows are still coming; the fsync is then short
-TEMPORARY_PREFIX = ".tmp-"
 
 
 class ContainerWriter:
@@ -50,10 +48,11 @@ class ContainerWriter:
         self._layout = build_layout(schema.specs, rows, header)
         self._first = next(iter(self._layout.arrays.values()))
         self._hash = OverlappedHash()
-        self._temporary = final.with_name(f"{TEMPORARY_PREFIX}{final.name}-{os.getpid()}-{os.urandom(4).hex()}")
-        with posix.translated("create", self._temporary):
-            self._fd = posix.create(self._temporary)
+        self._temporary = posix.new_temporary(final)
+        self._fd = -1
         try:
+            with posix.translated("create", self._temporary):
+                self._fd = posix.create(self._temporary)
             with posix.translated("write", final):
                 posix.truncate(self._fd, self._layout.size)
                 for offset, data in self._layout.metadata:
@@ -164,8 +163,8 @@ class ContainerWriter:
         """Closes the file and gives it its final name; False if that name was taken (see `posix.publish`)."""
         with posix.translated("publish", self._final):
             try:
-                os.close(self._fd)
-                self._fd = -1
+                fd, self._fd = self._fd, -1  # closed even where `close` reports an error
+                os.close(fd)
                 self._hash.close()
                 if not replace:
                     return posix.publish(self._temporary, self._final)
@@ -180,11 +179,9 @@ class ContainerWriter:
         """Closes and removes the temporary file; safe to call at any time."""
         self._hash.close()
         if self._fd >= 0:
-            with contextlib.suppress(OSError):
-                os.close(self._fd)
+            posix.close_reader(self._fd)
             self._fd = -1
-        with contextlib.suppress(OSError):
-            os.unlink(self._temporary)
+        posix.drop(self._temporary)
 
     def _bytes_of(self, name: str, array: np.ndarray, count: int) -> memoryview:
         layout = self._layout.arrays[name]
@@ -218,23 +215,6 @@ class ContainerWriter:
         return posix.read_exactly(self._fd, offset, length, self._temporary)
 
 
-def payload_sha256(read: Callable[[int, int], bytes], arrays: Mapping[str, ArrayLayout]) -> str:
-    """sha256 (hex) of the payload: the arrays in file order, back to back, without padding."""
-    state = hashlib.sha256()
-    for layout in sorted(arrays.values(), key=lambda a: a.offset):
-        for offset in range(layout.offset, layout.stop, _BLOCK_BYTES):
-            state.update(read(offset, min(_BLOCK_BYTES, layout.stop - offset)))
-    return state.hexdigest()
-
-
-def file_sha256(read: Callable[[int, int], bytes], size: int) -> str:
-    """sha256 (hex) of a whole file, as `sha256sum` prints it."""
-    state = hashlib.sha256()
-    for offset in range(0, size, _BLOCK_BYTES):
-        state.update(read(offset, min(_BLOCK_BYTES, size - offset)))
-    return state.hexdigest()
-
-
 def remove_temporaries(folder: Path, name: str = "", *, of_the_dead: bool = False) -> None:
     """Removes temporary files that a killed process left.
 
@@ -247,15 +227,5 @@ def remove_temporaries(folder: Path, name: str = "", *, of_the_dead: bool = Fals
     with posix.translated("clean", folder), contextlib.suppress(FileNotFoundError):
         for found in os.listdir(folder):
             match = pattern.fullmatch(found)
-            if match is not None and not (of_the_dead and _is_alive(int(match[1]))):
+            if match is not None and not (of_the_dead and posix.is_in_hand(found, int(match[1]))):
                 posix.unlink(folder / found)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True  # somebody else's
-    return True

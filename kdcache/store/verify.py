@@ -7,7 +7,6 @@ in range. Damage is collected, not raised, unless asked for.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,16 +16,16 @@ from typing import Any
 import numpy as np
 
 from kdcache.errors import CorruptCacheError, IncompleteCacheError, KDCacheError, MismatchError, StorageError
-from kdcache.format.checksums import header_digest, row_crcs
-from kdcache.format.encodings import label_count
+from kdcache.format.checksums import file_sha256, header_digest, payload_sha256
+from kdcache.format.encodings import holds_nan, label_count
 from kdcache.format.hdf5_parser import ParsedFile, parse
 from kdcache.format.headers import shard_header
 from kdcache.format.identity import show_id
 from kdcache.format.manifest import ShardRecord
-from kdcache.format.schema import CRC_ARRAY
 from kdcache.store import posix
-from kdcache.store.parts import Catalog, Part, read_catalog
-from kdcache.store.shards import file_sha256, payload_sha256
+from kdcache.store.inspect import unlisted
+from kdcache.store.parts import Catalog, Part, read_catalog, refuse_hole
+from kdcache.store.scan import checked_blocks
 
 _BLOCK_BYTES = 8 << 20
 
@@ -41,6 +40,8 @@ class VerifyReport:
         bytes: bytes read.
         problems: one sentence each, with the file.
         missing: whether all problems are missing files (exit code 4 instead of 3).
+        unlisted: names in the folder that the manifest does not list; no reader looks at them, and they are no problem.
+        absent_views: views of the dump of which the folder holds no shard: it is a smaller cache, which is no problem.
     """
 
     root: str | None
@@ -48,6 +49,8 @@ class VerifyReport:
     bytes: int
     problems: tuple[str, ...] = ()
     missing: bool = False
+    unlisted: tuple[str, ...] = ()
+    absent_views: tuple[int, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -74,6 +77,8 @@ class VerifyReport:
             "rows": self.rows,
             "bytes": self.bytes,
             "problems": list(self.problems),
+            "unlisted": list(self.unlisted),
+            "absent_views": list(self.absent_views),
         }
 
 
@@ -117,29 +122,35 @@ def verify(
     """
     findings = _Findings()
     root: str | None = None
+    others: tuple[str, ...] = ()
+    absent: tuple[int, ...] = ()
     try:
         catalog = read_catalog(Path(path))
     except (CorruptCacheError, IncompleteCacheError) as error:
         findings.add(error)
     else:
-        root = catalog.root
+        root, absent = catalog.root, catalog.absent_views
         if expect_root is not None and root != expect_root:
             raise MismatchError(f"{path} has the root hash {root}, expected {expect_root}; it is another dump")
-        _check_all(catalog, findings, progress)
-    report = VerifyReport(root, findings.rows, findings.bytes, tuple(findings.problems), findings.missing)
+        _check_all(Path(path), catalog, findings, progress)
+        if catalog.shards:
+            others = tuple(unlisted(Path(path), catalog))
+    problems = tuple(findings.problems)
+    report = VerifyReport(root, findings.rows, findings.bytes, problems, findings.missing, others, absent)
     if raise_on_error:
         report.raise_on_error()
     return report
 
 
-def _check_all(catalog: Catalog, findings: _Findings, progress: Callable[[int], None] | None) -> None:
+def _check_all(path: Path, catalog: Catalog, findings: _Findings, progress: Callable[[int], None] | None) -> None:
     records = catalog.shards or (None,) * len(catalog.parts)
     for part, record in zip(catalog.parts, records, strict=True):
         try:
-            fd, size = posix.open_regular(part.path)
+            fd, size = posix.open_regular(part.path, inside=record is not None)
             try:
                 read = partial(_read, fd, part.path)
                 if record is not None:
+                    refuse_hole(fd, part.path, part.arrays)
                     _check_shard_file(read, size, part, record, catalog)
                 elif part.view == catalog.views[0]:
                     _check_payload(read, size, catalog, part)
@@ -147,13 +158,13 @@ def _check_all(catalog: Catalog, findings: _Findings, progress: Callable[[int], 
                 if record is not None or part.view == catalog.views[0]:  # views of a one-file cache share the file
                     findings.bytes += size
             finally:
-                os.close(fd)
+                posix.close_reader(fd)
             if progress is not None:
                 progress(size)
         except (CorruptCacheError, IncompleteCacheError, StorageError) as error:
             findings.add(error)
     if not findings.problems:
-        _check_ids(catalog, findings)
+        _check_ids(path, catalog, findings)
 
 
 def _check_shard_file(
@@ -175,6 +186,7 @@ def _check_shard_file(
         raise CorruptCacheError(f"{part.path}: bytes outside the payload differ from the manifest's digest")
     if file_sha256(read, size) != record.sha256:
         raise CorruptCacheError(f"{part.path}: its sha256 is not the manifest's")
+    _check_slack(read, size, parsed, name=str(part.path))
 
 
 def _check_payload(read: Callable[[int, int], bytes], size: int, catalog: Catalog, part: Part) -> None:
@@ -185,7 +197,7 @@ def _check_payload(read: Callable[[int, int], bytes], size: int, catalog: Catalo
 
 
 def _check_slack(read: Callable[[int, int], bytes], size: int, parsed: ParsedFile, *, name: str) -> None:
-    """Every byte that is neither header nor payload is zero (a folder's manifest has a digest of these bytes)."""
+    """Every byte that is neither header nor payload is zero: nothing travels along that no reader shows."""
     known = [*parsed.headers, *((a.offset, a.stop) for a in parsed.arrays.values())]
     cursor = 0
     for start, stop in [*sorted(known), (size, size)]:
@@ -196,36 +208,24 @@ def _check_slack(read: Callable[[int, int], bytes], size: int, parsed: ParsedFil
 
 
 def _check_rows(read: Callable[[int, int], bytes], part: Part, catalog: Catalog) -> int:
-    step = max(1, _BLOCK_BYTES // catalog.schema.row_bytes)
-    for start in range(0, part.rows, step):
-        stop = min(start + step, part.rows)
-        block = {
-            name: np.frombuffer(
-                read(a.offset + start * a.spec.row_bytes, (stop - start) * a.spec.row_bytes), a.dtype
-            ).reshape(a.spec.shape(stop - start))
-            for name, a in part.arrays.items()
-        }
-        positions = np.arange(part.start + start, part.start + stop)
-        crcs = row_crcs([block[n] for n in catalog.schema.crc_names], view=part.view, positions=positions)
-        bad = np.flatnonzero((crcs != block[CRC_ARRAY]) | (block["view"] != part.view))
-        if bad.size:
-            first = show_id(block["sample_id"][bad[0]])
-            raise CorruptCacheError(
-                f"{part.path}: the checksum of {bad.size} rows does not match, the first is row {start + bad[0]} "
-                f"(sample {first})"
-            )
+    for _, block in checked_blocks(read, part, catalog):
+        for spec in catalog.schema.encoding.specs:
+            if spec.dtype in ("<f2", "<f4") and holds_nan(block[spec.name]):
+                first = np.argwhere(~(block[spec.name] < np.inf))[0, 0]
+                raise CorruptCacheError(
+                    f"{part.path}: {spec.name} of sample {show_id(block['sample_id'][first])} holds NaN or +inf, which "
+                    "no writer stores"
+                )
         if "label" in block:
             labels = block["label"]
             if int(labels.min()) < -1 or int(labels.max()) >= label_count(catalog.classes.count):
                 raise CorruptCacheError(
                     f"{part.path}: a label lies outside -1 to {label_count(catalog.classes.count) - 1}"
                 )
-        if catalog.first_id is not None and not bool((block["sample_id"] == catalog.first_id + positions).all()):
-            raise CorruptCacheError(f"{part.path}: sample ids are not the consecutive range that the manifest says")
     return part.rows
 
 
-def _check_ids(catalog: Catalog, findings: _Findings) -> None:
+def _check_ids(path: Path, catalog: Catalog, findings: _Findings) -> None:
     """Every view holds the same ids in the same order, each once."""
     if catalog.first_id is not None:
         return
@@ -233,20 +233,21 @@ def _check_ids(catalog: Catalog, findings: _Findings) -> None:
     for view in catalog.views:
         pieces = []
         for part in (p for p in catalog.parts if p.view == view):
-            fd, _ = posix.open_regular(part.path)
+            fd, _ = posix.open_regular(part.path, inside=bool(catalog.shards))
             try:
                 layout = part.arrays["sample_id"]
                 pieces.append(np.frombuffer(_read(fd, part.path, layout.offset, layout.nbytes), layout.dtype))
             finally:
-                os.close(fd)
+                posix.close_reader(fd)
         ids = np.concatenate(pieces)
         if reference is None:
             reference = ids
             values, counts = np.unique(ids, return_counts=True)
             if int(counts.max()) > 1:
-                findings.add(CorruptCacheError(f"the sample id {show_id(values[counts.argmax()])} stands twice"))
+                twice = show_id(values[counts.argmax()])
+                findings.add(CorruptCacheError(f"{path}: the sample id {twice} stands twice in a view"))
         elif not np.array_equal(ids, reference):
-            findings.add(CorruptCacheError(f"view {view} holds other sample ids than view {catalog.views[0]}"))
+            findings.add(CorruptCacheError(f"{path}: view {view} holds other sample ids than view {catalog.views[0]}"))
 
 
 def _read(fd: int, path: Path, offset: int, length: int) -> bytes:

@@ -6,7 +6,7 @@ exception or a kill loses the shard in hand, and `resume=True` tells which sampl
 
 from __future__ import annotations
 
-import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -36,9 +36,10 @@ from kdcache.store.incoming import (
 )
 from kdcache.store.locks import FINISH
 from kdcache.store.merge import merge
-from kdcache.store.plan import Plan, default_shard_rows, parse_plan, plan_of_manifest
-from kdcache.store.removal import clear_dump, refuse_foreign, remove_dump, remove_empty, remove_one_file
-from kdcache.store.shards import ContainerWriter
+from kdcache.store.parts import open_part, part_of, read_catalog
+from kdcache.store.plan import Plan, default_shard_rows, parse_plan, plan_of_manifest, require_same_file
+from kdcache.store.removal import clear_parts, refuse_foreign, remove_dump, remove_empty, remove_one_file
+from kdcache.store.shards import ContainerWriter, remove_temporaries
 from kdcache.store.versions import versions
 
 _ID_ROUND = 16
@@ -103,15 +104,15 @@ class Writer:
         self._prepare(resume=resume, overwrite=overwrite)
 
     def _prepare(self, *, resume: bool, overwrite: bool) -> None:
-        if self._one_file and self.path.is_dir():
+        if self._one_file and posix.is_folder(self.path):
             raise UsageError(f"{self.path} is a folder, and a name in .h5 asks for one file; choose another path")
         if overwrite:
             remove_dump(self._folder)
             if self._one_file:
                 remove_one_file(self.path)
-        elif not resume and (self.path.exists() or self._folder.exists()):
+        elif not resume and (posix.exists(self.path) or posix.exists(self._folder)):
             refuse_foreign(self._folder)
-            if self.path.is_file() or any(self._folder.iterdir()):
+            if posix.is_file(self.path) or posix.names_in(self._folder):
                 raise UsageError(
                     f"{self.path} exists; pass resume=True to go on, overwrite=True to replace it, or another path"
                 )
@@ -212,11 +213,10 @@ class Writer:
             if not dump.finished:
                 dump.finish(self._records, samples=samples)
             if self._one_file:
-                if not self.path.exists():
+                if not posix.exists(self.path):
                     merge(self._folder, self.path)
                 with dump.exclusive(FINISH):
-                    clear_dump(self._folder)
-                remove_empty(self._folder)
+                    clear_parts(self._folder, self.path)
         finally:
             self.abandon()
 
@@ -227,8 +227,7 @@ class Writer:
             self._container.abandon()
             self._container = None
         if self._dump is not None:
-            self._dump.disown()
-            self._dump.leave()
+            _give_back(self._dump)
 
     @property
     def _index_in_hand(self) -> int:
@@ -236,8 +235,8 @@ class Writer:
 
     def _read_back(self) -> None:
         """Takes up the shards of an unfinished dump; its plan is compared with this writer's."""
-        finished = (self._folder / MANIFEST).exists()
-        if self.path.is_file() or (finished and not self._one_file):
+        finished = posix.exists(self._folder / MANIFEST)
+        if posix.is_file(self.path) or (finished and not self._one_file):
             self._clear_leftovers()
             raise UsageError(f"{self.path} is finished; pass overwrite=True to replace it, or another path")
         found = self._found_plan(finished)
@@ -263,23 +262,34 @@ class Writer:
             self._done = read_ids(dump, self._records)
             self._seen = set(self._done.tolist())
         except BaseException:
-            dump.disown()
+            _give_back(dump)
             raise
         self._dump = dump
 
     def _clear_leftovers(self) -> None:
         """Removes what a process left that was killed between the last rename and the end of its clearing up."""
-        if self._one_file and self._folder.exists():
-            remove_dump(self._folder)
-            remove_empty(self._folder)
-        elif not self._one_file:
+        if self._one_file:
+            remove_temporaries(self.path.parent, self.path.name, of_the_dead=True)
+            if posix.exists(self._folder):
+                self._require_merged()
+                remove_dump(self._folder)
+                remove_empty(self._folder)
+        else:
             open_dump(self._folder, plan_of_manifest(read_manifest(self._folder), samples_known=False))
+
+    def _require_merged(self) -> None:
+        """The file is the one that the shards were merged into, and its name is on the disk: only then they may go."""
+        plan, header = self._found_plan(posix.exists(self._folder / MANIFEST)), read_catalog(self.path).header
+        if plan is not None and header is not None:
+            require_same_file(header, replace(plan, samples=header.samples), where=str(self.path))
+        with posix.translated("write", self.path):
+            posix.fsync_folder(self.path.parent)
 
     def _found_plan(self, finished: bool) -> Plan | None:
         if finished:  # killed while the shards were merged into one file
             return plan_of_manifest(read_manifest(self._folder), samples_known=False)
         path = self._folder / PLAN
-        return parse_plan(posix.read_file(path, MAX_JSON_BYTES), where=str(path)) if path.exists() else None
+        return parse_plan(posix.read_file(path, MAX_JSON_BYTES), where=str(path)) if posix.exists(path) else None
 
     def _start(self, ids: np.ndarray, values: np.ndarray, *, has_labels: bool, has_digests: bool) -> DumpFolder:
         if self._dump is not None:
@@ -295,9 +305,12 @@ class Writer:
             FileHeader(schema, self._classes, MAX_ROWS, (0,), None, self._provenance).dump()
         dump = open_dump(self._folder, Plan(schema, self._classes, rows, None, self._provenance))
         dump.own()
-        if dump.finished or dump.record(0, 0) is not None:  # another process was faster
-            dump.disown()
-            raise UsageError(f"{self.path} was written by another process meanwhile; choose another path")
+        try:
+            if dump.finished or dump.record(0, 0) is not None:  # another process was faster
+                raise UsageError(f"{self.path} was written by another process meanwhile; choose another path")
+        except BaseException:
+            _give_back(dump)
+            raise
         self._dump = dump
         return dump
 
@@ -305,7 +318,7 @@ class Writer:
         values = ids.tolist()
         fresh = set(values)
         if len(fresh) != len(values):
-            twice = next(v for i, v in enumerate(values) if v in values[:i])
+            twice = next(value for value, count in Counter(values).items() if count > 1)
             raise DataError(f"the sample id {show_id(twice)} stands twice in one batch; ids must be unique")
         both = self._seen & fresh
         if both:
@@ -364,16 +377,24 @@ def dump_folder_of(path: Path) -> tuple[Path, bool]:
     return path, False
 
 
+def _give_back(dump: DumpFolder) -> None:
+    """Ends this process's part in a dump that it owns."""
+    try:
+        dump.disown()
+    finally:
+        dump.leave()
+
+
 def read_ids(dump: DumpFolder, records: list[ShardRecord]) -> np.ndarray:
-    """(n,) sample ids of committed shards."""
+    """(n,) sample ids of committed shards, each compared with its record first: a wrong id would lose a sample."""
     pieces = []
     for record in records:
-        path = dump.folder / "shards" / record.file
-        fd, _ = posix.open_regular(path)
+        part = part_of(record, dump.folder)
+        fd = open_part(part)
         try:
             layout = record.arrays["sample_id"]
-            raw = posix.read_exactly(fd, layout.offset, layout.nbytes, path)
+            raw = posix.read_exactly(fd, layout.offset, layout.nbytes, part.path)
         finally:
-            os.close(fd)
+            posix.close_reader(fd)
         pieces.append(np.frombuffer(raw, layout.dtype))
     return np.concatenate(pieces) if pieces else np.empty(0, np.int64)

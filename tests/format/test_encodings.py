@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from kdcache.errors import LogitsError, UsageError
-from kdcache.format.encodings import Encoding, bad_rows, decode, encode, encoding_from_json
+from kdcache.format.encodings import Encoding, bad_rows, decode, encode, encoding_from_json, holds_nan
 
 HALF = Encoding("float16", (5,))
 FULL = Encoding("float32", (5,))
@@ -184,3 +184,12 @@ def test_an_encoding_survives_its_json(encoding: Encoding) -> None:
 def test_an_unknown_encoding_is_refused(value: object) -> None:
     with pytest.raises(UsageError):
         encoding_from_json(value)
+
+
+@pytest.mark.parametrize("dtype", ["<f2", "<f4"])
+def test_nan_and_infinity_are_found_in_stored_bits_and_nothing_else(dtype: str) -> None:
+    limit = float(np.finfo(dtype).max)
+    for value in (0.0, -0.0, 1.0, -1.0, limit, -limit, float(np.finfo(dtype).tiny), -np.inf):
+        assert not holds_nan(np.array([[value, 0]], dtype))
+    for value in (np.inf, np.nan, -np.nan):
+        assert holds_nan(np.array([[0, value], [0, 0]], dtype))

@@ -24,7 +24,8 @@ from hypothesis import strategies as st
 from kdcache.errors import KDCacheError, UsageError
 from kdcache.format import hdf5_header
 from kdcache.format.arrays import ArraySpec
-from kdcache.format.hdf5_header import FileLayout, build_layout, chunk_rows
+from kdcache.format.hdf5_header import FileLayout, build_layout
+from kdcache.format.hdf5_messages import chunk_rows
 from kdcache.format.hdf5_parser import parse
 
 ROOT = Path(__file__).parents[2]

@@ -69,10 +69,10 @@ class Dumps:
             start_new_session=True,
         )
 
-    def arguments(self, out: Path) -> list[str]:
-        """The command line of the same dump."""
+    def arguments(self, out: Path, **changes: Any) -> list[str]:
+        """The command line of the same dump, behind the name of the interpreter."""
         line = ["-m", "kdcache", "precompute"]
-        for name, value in self.options(out).items():
+        for name, value in self.options(out, **changes).items():
             line += [f"--{name.replace('_', '-')}"] if value is True else [f"--{name.replace('_', '-')}", str(value)]
         return line
 

@@ -1,8 +1,8 @@
 """A dump for child processes: a small teacher, and a data set that stretches the run or sends a signal on the way.
 
-In the environment: TASK_ITEM_SECONDS sleeps at each item; TASK_SIGNAL (a name such as SIGTERM) goes to TASK_TARGET
-(`main`, the dumping process, or `group`, its process group) when an item from TASK_AT on is loaded, once for each
-file TASK_ONCE.
+In the environment: TASK_ITEM_SECONDS sleeps at each item, TASK_FSYNC_SECONDS at each fsync; TASK_SIGNAL (a name such
+as SIGTERM) goes to TASK_TARGET (`main`, the dumping process, or `group`, its process group) when an item from TASK_AT
+on is loaded, once for each file TASK_ONCE. TASK_TRACE is the file that `precompute_trace` appends to.
 """
 
 from __future__ import annotations
@@ -24,12 +24,39 @@ CALLS = ("create", "pwrite_all", "truncate", "fsync", "make_read_only", "link", 
 
 
 def teacher() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(WIDTH, 16), nn.Tanh(), nn.Linear(16, CLASSES))
+    """Called once in each process that dumps, however it was launched."""
+    if "TASK_TRACE" in os.environ:
+        import precompute_trace
+
+        precompute_trace.install(os.environ["TASK_TRACE"])
+    if "TASK_FSYNC_SECONDS" in os.environ:
+        _slow_the_disk(float(os.environ["TASK_FSYNC_SECONDS"]))
+    return network(0)
+
+
+def other_teacher() -> nn.Module:
+    return network(1)
+
+
+def network(seed: int, *, classes: int = CLASSES) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(WIDTH, 16), nn.Tanh(), nn.Linear(16, classes))
 
 
 def inputs_of(index: int) -> Tensor:
     return torch.sin(torch.arange(WIDTH, dtype=torch.float32) * (0.37 * (index + 1)))
+
+
+def _slow_the_disk(seconds: float) -> None:
+    from kdcache.store import posix
+
+    fsync = posix.fsync
+
+    def slow(fd: int) -> None:
+        time.sleep(seconds)
+        fsync(fd)
+
+    posix.fsync = slow
 
 
 class Task(Dataset[Any]):
@@ -39,6 +66,10 @@ class Task(Dataset[Any]):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         _stretch(index)
         return inputs_of(index), index % CLASSES
+
+
+class Other(Task):
+    """The same rows under another name."""
 
 
 class Many(Dataset[Any]):
@@ -52,6 +83,7 @@ class Many(Dataset[Any]):
 
 
 def wide_teacher() -> nn.Module:
+    torch.manual_seed(0)
     return nn.Linear(4, 1000)
 
 

@@ -1,9 +1,12 @@
-"""A dump that is killed or stopped, and run again: the finished cache is the uninterrupted one, byte for byte."""
+"""A dump that is killed or stopped, and run again: the finished cache is the uninterrupted one, byte for byte.
+
+Kills at random moments, by the hundred, are in tests/proof/test_kills.py.
+"""
 
 from __future__ import annotations
 
-import random
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,68 +30,30 @@ def finished(dumps: Any, tmp_path: Path) -> dict[str, dict[str, bytes]]:
     return found
 
 
-def kill_and_resume(
-    dumps: Any, folder: Path, finished: dict[str, dict[str, bytes]], *, kills: int, world_sizes: tuple[int, ...]
-) -> int:
-    """Starts dumps, kills them at random moments and starts them again; returns how many caches were finished."""
-    from precompute_runs import contents, exit_codes
-
-    rng = random.Random(kills)
-    landed = made = 0
-    while landed < kills or made < len(SUFFIXES):
-        suffix = SUFFIXES[made % 2]
-        out = folder / str(made) / f"teacher{suffix}"
-        world_size = rng.choice(world_sizes)
-        ranks = dumps.start_ranks(
-            out, world_size, workers=rng.choice([0, 2]), environment={"TASK_ITEM_SECONDS": "0.001"}
-        )
-        if landed < kills:
-            ranks[0].join(rng.uniform(0.05, 0.5))
-            for rank in rng.sample(ranks, rng.randint(1, world_size)):
-                if rank.is_alive():
-                    rank.kill()
-        codes = exit_codes(ranks)
-        assert set(codes) <= {0, -9}
-        landed += codes.count(-9)
-        if 0 in codes:
-            if -9 in codes:
-                dumps.here(out)  # one that joined late and was killed may have made the emptied folder again
-            assert contents(out) == finished[suffix]
-            made += 1
-    return made
-
-
-def test_thirty_kills_at_random_moments_change_no_byte(
-    dumps: Any, finished: dict[str, dict[str, bytes]], tmp_path: Path
-) -> None:
-    assert kill_and_resume(dumps, tmp_path / "killed", finished, kills=30, world_sizes=(1, 1, 2)) >= 2
-
-
-@pytest.mark.long
-def test_three_hundred_kills_over_changing_world_sizes_change_no_byte(
-    dumps: Any, finished: dict[str, dict[str, bytes]], tmp_path: Path
-) -> None:
-    assert kill_and_resume(dumps, tmp_path / "killed", finished, kills=300, world_sizes=(1, 2, 4)) >= 20
-
-
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_a_kill_before_each_call_that_changes_the_disk_changes_no_byte(dumps: Any, tmp_path: Path, suffix: str) -> None:
-    """Random moments seldom meet the gap between a link and the unlink behind it; these meet all of them."""
+def test_a_kill_before_each_call_that_changes_the_disk_changes_no_byte(
+    dumps: Any, tmp_path: Path, suffix: str, count: Callable[[int, int], int], proved: Callable[..., None]
+) -> None:
+    """Random moments seldom meet the gap between a link and the unlink behind it; these meet every call, by default
+    every third."""
     from precompute_runs import contents, exit_codes
     from precompute_task import dump_until_call
 
     small = {"limit": 12, "shard_rows": 8, "batch_size": 8}
     dumps.here(tmp_path / f"uninterrupted{suffix}", **small)
     expected = contents(tmp_path / f"uninterrupted{suffix}")
-    for call in range(1, 1000):
+    killed = 0
+    for call in range(1, 1000, count(3, 1)):
         out = tmp_path / str(call) / f"teacher{suffix}"
         code = exit_codes([dumps.start(out, target=dump_until_call, more=(call,), **small)])[0]
         if code == 0:
             break
         assert code == -9
+        killed += 1
         dumps.here(out, **small)
         assert contents(out) == expected, f"killed before call {call}"
     assert call > 60
+    proved("R1", kills_right_before_a_call=killed)
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)

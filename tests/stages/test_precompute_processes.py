@@ -80,6 +80,24 @@ def test_the_result_names_rows_and_root_and_a_second_call_has_nothing_to_do(dump
     assert kdcache.open(tmp_path / "teacher.h5").root == first.root
 
 
+@pytest.mark.parametrize("left", [[], ["shards/"], [".lock"], ["shards/", ".lock"]], ids=str)
+@pytest.mark.parametrize("shard", [None, "1/2"])
+def test_an_empty_folder_that_a_late_rank_left_when_it_was_killed_goes_with_the_next_command(
+    dumps: Any, one_file: dict[str, bytes], tmp_path: Path, left: list[str], shard: str | None
+) -> None:
+    """It came when the file was being finished, made the folder again, and died before it saw that all was done."""
+    from precompute_runs import contents
+
+    out = tmp_path / "reference" / "teacher.h5"
+    parts = out.with_name("teacher.h5.parts")
+    parts.mkdir()
+    for name in left:
+        (parts / name).mkdir() if name.endswith("/") else (parts / name).touch()
+    assert dumps.here(out, shard=shard).computed == 0
+    assert not parts.exists()
+    assert contents(out) == one_file
+
+
 def test_torchrun_shares_the_work(dumps: Any, reference: dict[str, bytes], tmp_path: Path) -> None:
     from precompute_runs import DATE, HERE, contents
 

@@ -23,6 +23,8 @@ from kdcache.store.incoming import consecutive
 from kdcache.store.plan import Plan
 from kdcache.store.writer import Writer
 
+sys.path.insert(0, str(Path(__file__).parent))  # foreign_files
+
 ROWS, CLASSES, SHARD_ROWS = 100, 5, 40
 
 

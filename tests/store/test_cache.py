@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kdcache.errors import CoverageError, MismatchError, UsageError
+from kdcache.errors import CoverageError, IncompleteCacheError, MismatchError, UsageError
 from kdcache.store import cache as caches
 from kdcache.store.merge import merge
 from kdcache.store.rows import TeacherRows
@@ -289,3 +289,18 @@ def test_reading_writes_nothing(folder: Path, content: Any) -> None:
     caches.open(folder).gather(np.arange(100))
     assert content(folder) == before
     assert not (folder / ".lock").exists()
+
+
+@KINDS
+@pytest.mark.parametrize("prefix", ["", "sample "])
+def test_the_first_ids_need_not_all_of_them(make_cache: Any, make_table: Any, name: str, prefix: str) -> None:
+    ids = [f"{prefix}{n}" for n in range(100)] if prefix else np.arange(7, 107)
+    with caches.open(make_cache(name, make_table(ids=ids))) as cache:
+        np.testing.assert_array_equal(cache.first_ids(6), cache.sample_ids[:6])
+        np.testing.assert_array_equal(cache.first_ids(1000), cache.sample_ids)
+
+
+def test_ids_of_rows_that_a_manifest_only_claims_are_not_made_up(folder: Path) -> None:
+    (folder / "shards" / "v000-00002.h5").unlink()
+    with caches.open(folder) as cache, pytest.raises(IncompleteCacheError, match="v000-00002"):
+        cache.sample_ids  # noqa: B018

@@ -63,18 +63,6 @@ def test_processes_of_other_start_methods_open_it_anew(make_cache: Any, table: A
     np.testing.assert_array_equal(np.concatenate([p.dense() for p in parts]), table.logits)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("method", ["spawn", "forkserver"])
-@pytest.mark.parametrize("workers", [2, 4])
-@pytest.mark.filterwarnings("ignore:This DataLoader will create")
-def test_data_loaders_of_other_start_methods_read_every_row(
-    folder: Path, table: Any, method: str, workers: int
-) -> None:
-    data = Rows(caches.open(folder))
-    loader = DataLoader(data, batch_size=9, num_workers=workers, multiprocessing_context=method)
-    np.testing.assert_array_equal(collected(loader), table.logits)
-
-
 @contextlib.contextmanager
 def read_only_mount(path: Path, place: Path) -> Iterator[Path]:
     place.mkdir()

@@ -19,8 +19,9 @@ from kdcache.format.schema import RowSchema
 from kdcache.store.dump import DumpFolder, open_dump, utc_now
 from kdcache.store.folder import read_manifest
 from kdcache.store.incoming import consecutive
+from kdcache.store.locks import LockFile
 from kdcache.store.plan import Plan, parse_plan
-from kdcache.store.removal import refuse_foreign, remove_dump, remove_empty
+from kdcache.store.removal import clear_dump, refuse_foreign, remove_dump, remove_empty
 from kdcache.store.verify import verify
 
 ENCODING = Encoding("float16", (3,))
@@ -64,6 +65,23 @@ def test_shards_are_committed_in_any_order_and_finished_once(tmp_path: Path) -> 
     assert verify(tmp_path / "x").ok
     assert sorted(os.listdir(tmp_path / "x")) == [".lock", "manifest.json", "shards"]
     assert not dump.claim(0, 0)
+
+
+def test_a_shard_that_is_committed_while_its_lock_is_asked_for_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dump = open_dump(tmp_path / "x", PLAN)
+    try_lock = LockFile.try_lock
+
+    def late(self: LockFile, index: int) -> bool:
+        commit(dump, 0)  # as another process would, right before it gives the lock back
+        return try_lock(self, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LockFile, "try_lock", late)
+        assert not dump.claim(0, 0)
+    assert dump.record(0, 0) is not None
+    assert dump.holder(0, 0) is None
 
 
 def test_a_claim_clears_what_a_dead_process_left(tmp_path: Path) -> None:
@@ -133,6 +151,28 @@ def test_leftovers_of_a_finished_dump_are_cleared_when_it_is_joined(tmp_path: Pa
     assert sorted(os.listdir(tmp_path / "x" / "shards")) == [f"v000-0000{n}.h5" for n in range(3)]
 
 
+def test_no_second_manifest_is_written_where_the_one_file_was_made_meanwhile(tmp_path: Path) -> None:
+    """Of two processes that find all records, the second may be so late that the first has cleared the folder away."""
+    merged = tmp_path / "x.h5"
+    first, second = (open_dump(tmp_path / "x.h5.parts", PLAN, merged=merged) for _ in range(2))
+    for index in range(3):
+        commit(first, index)
+    records = second.all_records()
+    assert records is not None
+    first.finish(records, samples=10)
+    merged.write_bytes(b"the one file")
+    clear_dump(first.folder)
+    assert second.finish(records, samples=10) is None
+    assert not second.manifest_path.exists()
+
+
+def test_the_last_to_leave_removes_the_folder_whatever_another_has_removed_already(folder: Path) -> None:
+    remove_dump(folder)
+    (folder / "shards").rmdir()
+    remove_empty(folder)
+    assert not folder.exists()
+
+
 def test_no_manifest_is_incomplete(tmp_path: Path) -> None:
     with pytest.raises(IncompleteCacheError, match=r"manifest\.json is missing"):
         read_manifest(tmp_path)
@@ -191,7 +231,7 @@ def test_the_plan_that_another_process_works_by_is_not_replaced(tmp_path: Path) 
     ) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == b"in\n"
-        with pytest.raises(MismatchError, match="shard_rows is 4 there and 5"):
+        with pytest.raises(MismatchError, match=rf"shard_rows is 4 there and 5.*process {other.pid} is at work on it"):
             open_dump(tmp_path / "x", replace(PLAN, shard_rows=5))
         other.communicate(b"")
     open_dump(tmp_path / "x", replace(PLAN, shard_rows=5))

@@ -27,6 +27,7 @@ def test_a_folder_is_described(make_cache: Any) -> None:
         "format": 1,
         "samples": 100,
         "views": [0],
+        "absent_views": [],
         "rows": 100,
         "classes": {"count": 5, "names": list("abcde")},
         "encoding": {"name": "dense", "dtype": "float16", "shape": [5]},

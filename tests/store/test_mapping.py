@@ -53,6 +53,26 @@ def test_two_shards_stand_side_by_side(descriptor: Any, dtype: str, row_shape: t
         region.take(np.empty(0, np.int64), out[:0])
 
 
+def test_consecutive_rows_of_a_part_take_one_call(descriptor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    fd, data = descriptor
+    region, preadv, calls = PreadRegion("<i8", ()), os.preadv, []
+    region.place(fd, 0, 0, GRID_ROWS)
+    region.place(fd, 4000, GRID_ROWS, 70)  # right behind, without a gap
+    expected = np.concatenate([expected_rows(data, 0, GRID_ROWS, "<i8", ()), expected_rows(data, 4000, 70, "<i8", ())])
+    monkeypatch.setattr(os, "preadv", lambda *given: calls.append(given) or preadv(*given))
+    for rows, reads in (
+        (np.arange(GRID_ROWS + 70), 2),
+        (np.arange(GRID_ROWS - 3, GRID_ROWS + 3), 2),
+        (np.arange(5, 9), 1),
+        (np.array([7, 8, 9, 8, 8, 3, 4, GRID_ROWS, GRID_ROWS + 1]), 5),
+    ):
+        out = np.empty(len(rows), "<i8")
+        region.take(rows, out)
+        assert out.tobytes() == expected[rows].tobytes()
+        assert len(calls) == reads
+        calls.clear()
+
+
 def test_a_map_outlives_its_descriptor(descriptor: Any, tmp_path: Path) -> None:
     _, data = descriptor
     region = Region(GRID_ROWS, "<i8", ())
@@ -75,7 +95,7 @@ def test_a_map_is_read_only(descriptor: Any) -> None:
 def test_a_file_that_ends_early_is_a_storage_error(tmp_path: Path) -> None:
     (tmp_path / "short").write_bytes(bytes(100))
     fd = os.open(tmp_path / "short", os.O_RDONLY)
-    with pytest.raises(StorageError, match="early"):
+    with pytest.raises(StorageError, match="ended at byte"):
         Region(GRID_ROWS, "<i8", ()).place(fd, 8, 0, 100)
     region = PreadRegion("<i8", ())
     region.place(fd, 0, 0, 100)

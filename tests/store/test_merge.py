@@ -10,8 +10,14 @@ import pytest
 
 from kdcache.errors import CorruptCacheError, IncompleteCacheError, KDCacheError, UsageError
 from kdcache.store import cache as caches
-from kdcache.store.merge import merge, stored_arrays
+from kdcache.store.merge import merge
+from kdcache.store.rows import TeacherRows
 from kdcache.store.verify import verify
+
+
+def stored_arrays(rows: TeacherRows) -> dict[str, np.ndarray]:
+    beside = {"sample_id": rows.sample_id, "label": rows.label, "input_digest": rows.input_digest}
+    return {**rows.arrays, **{name: array for name, array in beside.items() if array is not None}}
 
 
 @pytest.mark.parametrize("ids", [None, [f"image {n}" for n in range(100)]], ids=["integers", "text"])

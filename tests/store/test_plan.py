@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +15,7 @@ from kdcache.format.headers import FileHeader
 from kdcache.format.identity import canonical_json
 from kdcache.format.manifest import ClassList
 from kdcache.format.schema import RowSchema
+from kdcache.format.sealed import dump_sealed
 from kdcache.store.plan import (
     Plan,
     default_shard_rows,
@@ -63,10 +63,10 @@ def test_the_number_of_shards_is_unknown_before_the_end() -> None:
         replace(PLAN, shard_rows=0)
 
 
-@pytest.mark.parametrize("field", [*json.loads(PLAN.dump())])
+@pytest.mark.parametrize("field", [*PLAN.to_json()])
 @pytest.mark.parametrize("value", [..., None, -1, "x", [], {}, [0.5], True])
 def test_a_damaged_plan_is_corrupt_and_nothing_else(field: str, value: Any) -> None:
-    damaged = json.loads(PLAN.dump())
+    damaged = PLAN.to_json()
     if value is ...:
         del damaged[field]
     else:
@@ -74,7 +74,7 @@ def test_a_damaged_plan_is_corrupt_and_nothing_else(field: str, value: Any) -> N
     if (field, value) in [("samples", None), ("samples", ...), ("provenance", {}), ("labels", True), ("digests", True)]:
         return  # these are plans
     with pytest.raises(CorruptCacheError, match="x: "):
-        parse_plan(canonical_json(damaged).encode(), where="x")
+        parse_plan(dump_sealed(damaged), where="x")
 
 
 @pytest.mark.parametrize(
@@ -94,6 +94,24 @@ def test_another_plan_is_refused_by_the_first_field_that_differs(change: dict[st
     require_same_plan(PLAN, replace(PLAN), where="x")
     with pytest.raises(MismatchError, match=message):
         require_same_plan(PLAN, replace(PLAN, **change), where="x")
+
+
+def test_the_process_at_work_is_named_and_overwriting_is_advised_only_where_there_is_none() -> None:
+    other = replace(PLAN, shard_rows=41)
+    with pytest.raises(MismatchError, match="--overwrite to replace it"):
+        require_same_plan(PLAN, other, where="x")
+    with pytest.raises(MismatchError, match=r"41 in this command.*, and process 77 is at work on it") as raised:
+        require_same_plan(PLAN, other, where="x", holder=77)
+    assert "--overwrite" not in str(raised.value)
+
+
+@given(JSON, st.dictionaries(st.text(max_size=2), JSON, max_size=3))
+def test_a_field_that_is_not_known_yet_differs_from_nothing(left: Any, more: dict[str, Any]) -> None:
+    found = {**more, "a": left}
+    assert first_difference(found, {}, is_partial=True) is None
+    assert first_difference(found, {"a": left}, is_partial=True) is None
+    assert first_difference(found, found, is_partial=True) is None
+    assert first_difference({"a": {"b": 1, "c": 2}}, {"a": {"b": 3}}, is_partial=True) == ("a.b", 1, 3)
 
 
 def test_a_finished_file_is_compared_without_its_shards() -> None:

@@ -14,11 +14,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kdcache.format.checksums import row_crcs
+from kdcache.format.checksums import file_sha256, payload_sha256, row_crcs
 from kdcache.format.encodings import Encoding
 from kdcache.format.schema import RowSchema
 from kdcache.store import shards
-from kdcache.store.shards import ContainerWriter, file_sha256, payload_sha256, remove_temporaries
+from kdcache.store.shards import ContainerWriter, remove_temporaries
 
 SCHEMA = RowSchema(Encoding("float16", (3,)), "|S4", has_labels=True, has_digests=False)
 ROWS = 30
@@ -130,3 +130,23 @@ def test_only_temporary_files_of_that_name_are_removed(tmp_path: Path) -> None:
     remove_temporaries(tmp_path)
     assert sorted(os.listdir(tmp_path)) == ["a.h5", "tmp-a.h5"]
     remove_temporaries(tmp_path / "nothing")
+
+
+def test_what_this_process_gave_up_is_removed_as_of_the_dead_and_what_it_writes_is_not(
+    tmp_path: Path, rows: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that fails for good takes no unlink either; the process may be a notebook that tries again."""
+
+    def refuse(path: Path) -> None:
+        raise OSError(5, "Input/output error")
+
+    given_up, in_hand = (ContainerWriter(tmp_path / "x.h5", SCHEMA, ROWS, "{}") for _ in range(2))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", refuse)
+        given_up.abandon()
+    assert len(os.listdir(tmp_path)) == 2
+    remove_temporaries(tmp_path, "x.h5", of_the_dead=True)
+    assert len(os.listdir(tmp_path)) == 1
+    append(in_hand, rows, 0, ROWS)
+    in_hand.finish()
+    assert in_hand.publish()

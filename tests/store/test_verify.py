@@ -32,6 +32,8 @@ def test_a_sound_cache_is_reported_as_such(make_cache: Any, make_table: Any, nam
         "rows": 100,
         "bytes": size,
         "problems": [],
+        "unlisted": [],
+        "absent_views": [],
     }
     assert not report.missing
     assert sum(seen) == size

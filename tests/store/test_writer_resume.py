@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from kdcache.errors import (
+    CorruptCacheError,
     DataError,
     IncompleteCacheError,
     KDCacheError,
@@ -288,3 +289,19 @@ def test_a_second_writer_of_the_same_process_is_refused_too(tmp_path: Path, tabl
                 Writer(tmp_path / "teacher", classes=CLASSES, **options)
         with pytest.raises(UsageError, match="exists"):
             Writer(tmp_path / "teacher", classes=CLASSES)
+
+
+@pytest.mark.parametrize("there", ["another cache", "no cache"])
+def test_committed_shards_never_go_for_a_file_that_they_were_not_merged_into(
+    tmp_path: Path, table: Any, make_cache: Any, there: str
+) -> None:
+    stop_after(tmp_path / "x.h5", table, 60)
+    if there == "another cache":
+        make_cache("other.h5", table, dtype="float32").rename(tmp_path / "x.h5")
+    else:
+        (tmp_path / "x.h5").write_bytes(b"mine")
+    with pytest.raises(MismatchError if there == "another cache" else CorruptCacheError):
+        Writer(tmp_path / "x.h5", classes=CLASSES, resume=True)
+    (tmp_path / "x.h5").unlink()
+    write(tmp_path / "x.h5", table, resume=True)
+    assert verify(tmp_path / "x.h5").ok
