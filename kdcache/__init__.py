@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from kdcache.format.identity import input_digest
     from kdcache.stages.distill import distill
     from kdcache.stages.distill_options import DistillOptions
+    from kdcache.stages.import_cache import import_cache
     from kdcache.stages.precompute import precompute
     from kdcache.store.cache import Cache, open
     from kdcache.store.card import write_card
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from kdcache.store.rows import TeacherRows
     from kdcache.store.verify import verify
     from kdcache.store.writer import Writer
-    from kdcache.train import losses
+    from kdcache.train import losses, views
     from kdcache.train.attach import attach
     from kdcache.train.criterion import DistillationLoss
     from kdcache.train.join import join
@@ -67,6 +68,7 @@ __all__ = [
     "attach",
     "distill",
     "export",
+    "import_cache",
     "input_digest",
     "join",
     "losses",
@@ -74,6 +76,7 @@ __all__ = [
     "open",
     "precompute",
     "verify",
+    "views",
     "with_ids",
     "write_card",
 ]
@@ -87,6 +90,7 @@ _HOMES = {
     "attach": "kdcache.train.attach",
     "distill": "kdcache.stages.distill",
     "export": "kdcache.store.export",
+    "import_cache": "kdcache.stages.import_cache",
     "input_digest": "kdcache.format.identity",
     "join": "kdcache.train.join",
     "losses": "kdcache.train.losses",
@@ -94,16 +98,19 @@ _HOMES = {
     "open": "kdcache.store.cache",
     "precompute": "kdcache.stages.precompute",
     "verify": "kdcache.store.verify",
+    "views": "kdcache.train.views",
     "with_ids": "kdcache.train.with_ids",
     "write_card": "kdcache.store.card",
 }
+
+_MODULES = ("losses", "views")
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'kdcache' has no attribute {name!r}")
     home = importlib.import_module(_HOMES[name])
-    value = home if name == "losses" else getattr(home, name)
+    value = home if name in _MODULES else getattr(home, name)
     globals()[name] = value
     return value
 

@@ -10,7 +10,7 @@ import click
 import pytest
 
 from kdcache_cli.command import Command
-from kdcache_cli.main import COMMANDS, cli
+from kdcache_cli.main import COMMANDS, cli, module_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,7 +33,7 @@ def page_generator() -> ModuleType:
 def test_every_module_of_a_command_is_listed() -> None:
     shared = {"__init__", "main", "command", "config", "output", "records"}
     modules = {path.stem for path in (ROOT / "cli" / "kdcache_cli").glob("*.py")}
-    assert modules - shared == set(COMMANDS)
+    assert modules - shared == {module_of(name) for name in COMMANDS}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
