@@ -1,4 +1,4 @@
-"""`kdcache verify`: read everything, and say what is wrong; run the teacher again on some rows where asked to."""
+"""`kdcache verify`: read everything, and say what is wrong; compare rows with the data, or run the teacher again."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from kdcache_cli.output import emit
     examples=(
         "kdcache verify teacher.h5",
         "kdcache verify teacher/ --expect-root 9f2c... --json",
+        "kdcache verify views/ --data digits:train --sample 256",
         "kdcache verify teacher.h5 --teacher networks:wide --weights wide.safetensors --data digits:train --sample 64",
     ),
 )
@@ -25,8 +26,9 @@ from kdcache_cli.output import emit
 @click.option("--expect-root", metavar="HASH", help="Fail unless the cache has this root hash.")
 @click.option("--teacher", metavar="SPEC", help="Run this teacher again on some rows; needs --data.")
 @click.option("--weights", type=click.Path(path_type=Path), help="State dict (.pt or .safetensors) for the teacher.")
-@click.option("--data", metavar="SPEC", help="The data set that was dumped.")
-@click.option("--sample", type=int, default=64, show_default=True, help="Rows to run the teacher on.")
+@click.option("--data", metavar="SPEC", help="The data set that was dumped: replay and compare some samples of it.")
+@click.option("--augment", metavar="SPEC", help="The pipeline of the dump, where it is your own: module:factory.")
+@click.option("--sample", type=int, default=64, show_default=True, help="Samples to compare, each in all views.")
 @click.option("--output-key", help="Where the logits are in the teacher's output (default: as in the dump).")
 @click.option("--amp", type=click.Choice(AMP), help="Precision of the forward pass (default: as in the dump).")
 @click.option("--device", default="auto", show_default=True, help="Device: auto, cpu, cuda, cuda:0 ...")
@@ -36,6 +38,7 @@ def command(
     teacher: str | None,
     weights: Path | None,
     data: str | None,
+    augment: str | None,
     sample: int,
     output_key: str | None,
     amp: str | None,
@@ -44,24 +47,48 @@ def command(
 ) -> None:
     """Read every byte of a cache and compare checksums, digests, the sha256 of shards and the root hash.
 
-    With --teacher and --data, also run the teacher on the first, last and random rows of the shards. The relative L2
-    distance of centred logits must not exceed 3e-3 in the median (1.5e-2 in another precision than the dump's), nor ten
-    times that in any row; labels must agree, and inputs are compared to tell what is wrong.
+    With --data, also replay the first, last and random samples of the shards in all views, and compare input digests
+    and labels: does this data set, with these libraries, give a student what the teacher saw? No model is needed.
 
-    Exits with 3 where bytes are damaged, with 4 where shards are missing, with 5 for another root hash or teacher.
+    With --teacher and --data, also run the teacher on these rows. The relative L2 distance of centred logits must not
+    exceed 3e-3 in the median (1.5e-2 in another precision than the dump's), nor ten times that in any row; labels must
+    agree, and inputs are compared to tell what is wrong.
+
+    Exits with 3 where bytes are damaged, with 4 where shards are missing, with 5 for another root hash, other data or
+    another teacher.
     """
-    if (teacher is None) != (data is None):
-        raise UsageError("--teacher and --data go together: the teacher runs on the rows of the data set")
+    if teacher is not None and data is None:
+        raise UsageError("--teacher needs --data: the teacher runs on the rows of the data set")
+    if augment is not None and data is None:
+        raise UsageError("--augment needs --data: it is the pipeline through which the data set's items go")
     report = kdcache.verify(cache, expect_root=expect_root.strip().lower() if expect_root else None)
     result = report.to_json()
-    if teacher is None or not report.ok:
+    if data is None or not report.ok:
         emit(result, as_json=as_json)
         report.raise_on_error()
+        return
+    from kdcache.stages.augment import load_augment
+
+    pipeline = None if augment is None else load_augment(augment)
+    if teacher is None:
+        from kdcache.stages.verify_data import verify_data
+
+        compared = verify_data(cache, data, augment=pipeline, sample=sample)
+        emit({**result, "ok": compared.ok, "data": compared.to_json()}, as_json=as_json)
+        compared.raise_on_error()
         return
     from kdcache.stages.verify_teacher import verify_teacher
 
     found = verify_teacher(
-        cache, teacher, data, weights=weights, output_key=output_key, amp=amp, device=device, sample=sample
+        cache,
+        teacher,
+        data,
+        weights=weights,
+        output_key=output_key,
+        amp=amp,
+        device=device,
+        augment=pipeline,
+        sample=sample,
     )
     emit({**result, "ok": found.ok, "teacher": found.to_json()}, as_json=as_json)
     found.raise_on_error()

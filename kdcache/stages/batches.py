@@ -13,6 +13,9 @@ from kdcache.errors import DataError
 from kdcache.stages.calling import move_to_device
 from kdcache.store.rows import TeacherRows
 from kdcache.train.items import NOT_INPUTS, TEACHER_KEY, first_input, label_of
+from kdcache.train.losses import Labels
+from kdcache.train.mixed_labels import MixedLabels
+from kdcache.train.with_ids import SampleIds
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,12 +24,12 @@ class Batch:
 
     Attributes:
         inputs: what the model is called with: a tensor, or a dict of keyword arguments.
-        labels: (N, ...) int64, -1 = none; None where the items have none.
+        labels: (N, ...) int64, -1 = none, or those of mixed views; None where the items have none.
         teacher: the N cached rows; None without a cache.
     """
 
     inputs: Any
-    labels: Tensor | None
+    labels: Labels | None
     teacher: TeacherRows | None
 
     def to(self, device: torch.device, *, num_classes: int) -> Batch:
@@ -38,14 +41,14 @@ class Batch:
         """
         if device.type == "cpu":
             return self
-        if self.labels is not None and self.labels.numel():
-            low, high = (int(value) for value in self.labels.aminmax())
-            if low < -1 or high >= num_classes:
-                raise DataError(f"labels run from {low} to {high}, expected 0 to {num_classes - 1}, or -1 for no label")
+        labels = self.labels
+        for part in (labels.first, labels.second) if isinstance(labels, MixedLabels) else (labels,):
+            if part is not None and part.numel():
+                _check_range(part, num_classes)
         return replace(
             self,
             inputs=move_to_device(self.inputs, device),
-            labels=move_to_device(self.labels, device),
+            labels=None if labels is None else labels.to(device, non_blocking=True),
             teacher=None if self.teacher is None else self.teacher.to(device, non_blocking=True),
         )
 
@@ -54,7 +57,7 @@ def take_apart(batch: Any, *, has_teacher: bool) -> Batch:
     """A collated batch as inputs, labels and teacher rows.
 
     Args:
-        batch: a tuple or list (inputs, labels, ..., teacher), a dict, or bare inputs.
+        batch: a tuple or list (inputs, labels, ..., teacher or ids), a dict, or bare inputs.
         has_teacher: whether the last element (or the key `teacher`) holds teacher rows.
 
     Raises:
@@ -67,12 +70,20 @@ def take_apart(batch: Any, *, has_teacher: bool) -> Batch:
     if not isinstance(batch, (tuple, list)):
         return Batch(batch, None, None)
     *parts, teacher = batch if has_teacher else (*batch, None)
+    if parts and isinstance(parts[-1], SampleIds):  # of views without a cache
+        parts.pop()
     return Batch(first_input(parts), _checked_labels(label_of(parts)), teacher)
 
 
-def _checked_labels(labels: Any) -> Tensor | None:
-    if labels is None:
-        return None
+def _check_range(labels: Tensor, num_classes: int) -> None:
+    low, high = (int(value) for value in labels.aminmax())
+    if low < -1 or high >= num_classes:
+        raise DataError(f"labels run from {low} to {high}, expected 0 to {num_classes - 1}, or -1 for no label")
+
+
+def _checked_labels(labels: Any) -> Labels | None:
+    if labels is None or isinstance(labels, MixedLabels):
+        return labels
     if (
         not isinstance(labels, Tensor)
         or labels.is_floating_point()

@@ -18,12 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdcache.errors import KDCacheError
+from kdcache.errors import IncompleteCacheError, KDCacheError
 from kdcache.store import posix
 
 RESUME_NAME = "resume.pt"
 BEST_NAME = "best.pt"
 LAST_NAME = "last.pt"
+_MAX_BYTES = 1 << 48  # no limit: it is a file of our own
 
 
 def save(path: Path, content: Mapping[str, Any]) -> None:
@@ -41,10 +42,17 @@ def load(path: Path) -> dict[str, Any]:
     """Reads a file of tensors and plain values onto the CPU.
 
     Raises:
-        KDCacheError: it cannot be read as one.
+        KDCacheError: it is missing or cannot be read as one.
+        StorageError: the disk refused.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        file = io.BytesIO(posix.read_file(path, _MAX_BYTES))
+    except IncompleteCacheError:
+        raise KDCacheError(
+            f"{path.name} in {path.parent} is missing; bring it back, or start again with --overwrite"
+        ) from None
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises half a dozen unrelated types for a damaged file
         raise KDCacheError(f"{path.name} in {path.parent} cannot be read as tensors: {error!s:.300}") from error
     if not isinstance(content, dict):

@@ -23,6 +23,7 @@ from kdcache.errors import DataError, MissingExtraError, UsageError
 from kdcache.format.identity import as_sample_ids
 from kdcache.stages.loaded_data import LoadedData, data_provenance
 from kdcache.stages.specs import one_line
+from kdcache.train.library_versions import pillow_versions
 
 USAGE = "folder:PATH"
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".pgm", ".tif", ".tiff", ".webp"})
@@ -85,6 +86,7 @@ def load_folder(rest: str) -> LoadedData:
         sample_ids=sample_ids,
         inputs="RGB uint8 / 255 -> float32 (3, H, W)",
         classes=classes,
+        decoder=pillow_versions(),
         sizes_sha256=hashlib.sha256(sizes.tobytes()).hexdigest(),
     )
     return LoadedData(dataset, root.name, len(classes), classes, sample_ids, provenance)

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from kdcache.errors import InterruptedRunError, UsageError
+from kdcache.errors import InterruptedRunError, KDCacheError, UsageError
 from kdcache.stages import checkpoint
 from kdcache.stages.amp import grad_scaler
 from kdcache.stages.devices import torch_threads
@@ -35,10 +35,13 @@ from kdcache.stages.progress import Progress
 from kdcache.stages.resuming import check_same_run, restore_run
 from kdcache.stages.run_record import check_folder, describe_source, now, prepare_folder, read_record, write_record
 from kdcache.stages.signals import StopRequest, graceful_signals
+from kdcache.stages.specs import one_line
+from kdcache.stages.student_views import view_settings
 from kdcache.stages.training import State, Trainer
 from kdcache.store.cache import Cache
-from kdcache.store.posix import translated
+from kdcache.store.posix import exists, translated, unlink
 from kdcache.store.versions import versions
+from kdcache.train.cache_views import Augment
 from kdcache.train.loss_settings import LossSettings
 
 RANK_SEED_STEP = 1_000_003  # dropout differs between ranks
@@ -76,6 +79,7 @@ def distill(
     val: Data | None = None,
     cache: CachePath | None = None,
     val_cache: CachePath | None = None,
+    augment: Augment | None = None,
 ) -> RunResult:
     """Trains a student; objects given here take the place of the options of the same name.
 
@@ -89,6 +93,8 @@ def distill(
         val: held-out data of the same kind.
         cache: of the teacher's rows for `data`.
         val_cache: of the teacher's rows for `val`.
+        augment: of the training inputs: a pipeline by name, a transform, or what `kdcache.views` makes of it. With a
+            cache, that of its dump; one that the cache names may be left out.
 
     Raises:
         UsageError: options that cannot be meant, or an `out` that holds a run.
@@ -108,7 +114,8 @@ def distill(
         if ranks.is_first and options.out is not None:
             check_folder(Path(options.out), resume=options.resume, overwrite=options.overwrite)
         train_data, train_cache = _chosen("data", data, options), cache or options.cache
-        source = open_source(train_data, train_cache, missing=options.missing, name="training")
+        settings = view_settings(options, augment)
+        source = open_source(train_data, train_cache, missing=options.missing, name="training", settings=settings)
         held_out = None
         if val is not None or options.val is not None:
             val_data, held_out_cache = _chosen("val", val, options), val_cache or options.val_cache
@@ -172,7 +179,7 @@ def _run(job: RunJob, stop: StopRequest) -> RunResult:
         checkpoint_path = out / checkpoint.RESUME_NAME
         has_checkpoint, is_done = ranks.any(
             [
-                ranks.is_first and checkpoint_path.exists(),
+                ranks.is_first and exists(checkpoint_path),
                 ranks.is_first and read_record(out).get("status") == "done",
             ]
         )
@@ -183,14 +190,15 @@ def _run(job: RunJob, stop: StopRequest) -> RunResult:
             record["started"] = read_record(out).get("started", record["started"])
     folder = out if ranks.is_first else None
     log = MetricsLog(folder, keep_bytes=metrics_bytes, tensorboard=options.tensorboard, step=state.step)
-    if folder is not None:
-        write_record(folder, record)
-    _announce(job, state)
     shown = ranks.is_first and not options.quiet
-    bar = Progress(job.total_steps, what="distill", unit="step", done=state.step, enabled=shown)
     try:
-        with bar, contextlib.closing(log):
-            train(job, state, log, stop, bar)
+        with contextlib.closing(log):
+            if folder is not None:
+                write_record(folder, record)
+            _announce(job, state)
+            with Progress(job.total_steps, what="distill", unit="step", done=state.step, enabled=shown) as bar:
+                train(job, state, log, stop, bar)
+            log.sync()
     except InterruptedRunError:
         if folder is not None:
             write_record(folder, {**record, "status": "interrupted", **_results(state)})
@@ -200,17 +208,23 @@ def _run(job: RunJob, stop: StopRequest) -> RunResult:
         checkpoint.save(folder / checkpoint.LAST_NAME, checkpoint.state_dict(job.trainer.student))
         write_record(folder, record)
         with translated("remove", folder / checkpoint.RESUME_NAME):
-            (folder / checkpoint.RESUME_NAME).unlink(missing_ok=True)
+            unlink(folder / checkpoint.RESUME_NAME)
     return RunResult(job.trainer.student.eval(), out, state.step, state.last, state.best, record)
 
 
 def _finished(job: RunJob) -> RunResult:
     """The result of a run that --resume finds finished."""
     assert job.out is not None
-    record = read_record(job.out)
-    check_same_run(record["identity"], job.identity, out=job.out)
-    job.trainer.student.load_state_dict(checkpoint.load(job.out / checkpoint.LAST_NAME))
-    return RunResult(job.trainer.student.eval(), job.out, record["steps"], record["last"], record["best"], record)
+    record, weights = read_record(job.out), checkpoint.load(job.out / checkpoint.LAST_NAME)
+    try:
+        check_same_run(record["identity"], job.identity, out=job.out)
+        job.trainer.student.load_state_dict(weights)
+        return RunResult(job.trainer.student.eval(), job.out, record["steps"], record["last"], record["best"], record)
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise KDCacheError(
+            f"the finished run in {job.out} is damaged, or was not written by kdcache ({one_line(error)}); use "
+            "--overwrite to start anew"
+        ) from error
 
 
 def _new_record(job: RunJob) -> dict[str, Any]:
@@ -251,6 +265,10 @@ def _announce(job: RunJob, state: State) -> None:
         f"{len(order.positions):,} rows, {order.steps_per_epoch:,} steps an epoch, {job.total_steps:,} steps in all"
         + (f"; going on after step {state.step:,}" if state.step else "")
     )
+    views = job.source.views
+    if views is not None:
+        count = "a new view each epoch" if views["views"] is None else f"{len(views['views'])} view(s)"
+        lines.append(f"inputs in views of {views['augment']} (seed {views['seed']}): {count}, {views['order']} order")
     print("\n".join(lines), file=sys.stderr, flush=True)
 
 

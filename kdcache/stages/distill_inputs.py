@@ -7,7 +7,7 @@ student of another width, a teacher without a softmax, data with nothing to lear
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,6 +23,7 @@ from kdcache.stages.calling import call_model
 from kdcache.stages.data import LoadedData, load_data
 from kdcache.stages.distill_options import DistillOptions
 from kdcache.stages.signals import shield_worker
+from kdcache.stages.student_views import ViewSettings, describe_views, in_views, refuse_views
 from kdcache.stages.students import load_student
 from kdcache.stages.weights import load_weights
 from kdcache.store.cache import Cache
@@ -31,7 +32,7 @@ from kdcache.train.attach import attach
 from kdcache.train.checks import Check
 from kdcache.train.ids import length, resolve
 from kdcache.train.reading import Missing
-from kdcache.train.with_ids import with_ids
+from kdcache.train.with_ids import IdentifiedDataset
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +47,8 @@ class Source:
         cache: of the teacher's rows, None = labels only.
         num_classes: as the data set states it, None where it does not.
         provenance: of the data, for the run record.
+        items: the data set with ids and in views; None where neither a cache nor an augmentation needs them.
+        views: what is known of the views, for the run record; None for inputs as they are.
     """
 
     name: str
@@ -55,6 +58,13 @@ class Source:
     cache: Cache | None
     num_classes: int | None
     provenance: dict[str, Any]
+    items: IdentifiedDataset | None = None
+    views: dict[str, Any] | None = None
+
+    @property
+    def loaded(self) -> Any:
+        """What a DataLoader loads from."""
+        return self.dataset if self.items is None else self.items
 
     @property
     def fingerprint(self) -> str:
@@ -64,14 +74,27 @@ class Source:
 
 
 def open_source(
-    data: str | Dataset[Any] | LoadedData, cache: str | os.PathLike[str] | Cache | None, *, missing: str, name: str
+    data: str | Dataset[Any] | LoadedData,
+    cache: str | os.PathLike[str] | Cache | None,
+    *,
+    missing: str,
+    name: str,
+    settings: ViewSettings | None = None,
 ) -> Source:
     """Loads data by its SPEC (or takes it as it is) and finds its rows in the cache.
 
+    Args:
+        data: a SPEC, or a data set.
+        cache: of its rows, if any.
+        missing: what to do about samples that the cache lacks.
+        name: of the data, for messages.
+        settings: of the views; None for data that are never augmented.
+
     Raises:
         CoverageError: the cache lacks samples and `missing` is `error`.
-        UsageError: a one-class teacher.
-        DataError: no rows, or no length.
+        UsageError: a one-class teacher, or views that cannot be had; see `in_views`.
+        MismatchError: another pipeline than the dump's, or more views than the cache holds.
+        DataError: no rows, no length, or a pipeline that is not replayed.
     """
     loaded = load_data(data) if isinstance(data, str) else data
     if not isinstance(loaded, LoadedData):
@@ -84,7 +107,8 @@ def open_source(
     if not len(positions):
         raise DataError(f"the {name} data has no rows; a run needs at least one")
     if cache is None:
-        return Source(name, loaded.dataset, None, positions, None, loaded.num_classes, loaded.provenance)
+        source = Source(name, loaded.dataset, None, positions, None, loaded.num_classes, loaded.provenance)
+        return source if settings is None else _with_views(source, loaded.sample_ids, settings)
     opened = cache if isinstance(cache, Cache) else open_cache(cache)
     if opened.num_classes < 2:
         raise UsageError(
@@ -92,12 +116,28 @@ def open_source(
             "teach nothing. kdcache.train.binary.binary_kd serves one-logit teachers in a loop of your own"
         )
     ids = resolve(loaded.dataset, sample_ids=loaded.sample_ids)
-    found = opened.rows(ids) if missing == "error" else opened.find(ids)
+    first_view = opened.views[0]
+    found = opened.rows(ids, first_view) if missing == "error" else opened.find(ids, first_view)
     if missing == "skip":
         positions = np.flatnonzero(found >= 0)
         if not len(positions):
             raise DataError(f"{opened.path.name} holds none of the {len(ids)} samples of the {name} data; none is left")
-    return Source(name, loaded.dataset, ids, positions, opened, loaded.num_classes, loaded.provenance)
+    source = Source(name, loaded.dataset, ids, positions, opened, loaded.num_classes, loaded.provenance)
+    if settings is None:
+        refuse_views(opened, name=name)
+        settings = ViewSettings(None, None, "epoch", None, 0)
+    return _with_views(source, ids, settings)
+
+
+def _with_views(source: Source, sample_ids: np.ndarray | None, settings: ViewSettings) -> Source:
+    """The source with its items in views, where a cache or the settings ask for them."""
+    if source.cache is None and settings.augment is None and settings.views is None:
+        return source
+    if source.cache is None:
+        sample_ids = resolve(source.dataset, sample_ids=sample_ids)
+    assert sample_ids is not None
+    items = in_views(source.dataset, sample_ids, source.cache, settings)
+    return replace(source, sample_ids=sample_ids, items=items, views=describe_views(items, settings))
 
 
 def build_loader(source: Source, batch_sampler: Any, options: DistillOptions, generator: torch.Generator) -> Any:
@@ -109,11 +149,8 @@ def build_loader(source: Source, batch_sampler: Any, options: DistillOptions, ge
         options: workers, missing and check are used.
         generator: seeds the workers; a loader would draw from the global one, and a resumed run differ.
     """
-    dataset = source.dataset
-    if source.cache is not None:
-        dataset = with_ids(dataset, sample_ids=source.sample_ids)
     loader: DataLoader[Any] = DataLoader(
-        dataset,
+        source.loaded,
         batch_sampler=batch_sampler,
         num_workers=options.workers,
         persistent_workers=options.workers > 0,
@@ -129,8 +166,8 @@ def build_loader(source: Source, batch_sampler: Any, options: DistillOptions, ge
 
 
 def example_batch(source: Source) -> Batch:
-    """The first row as a batch of one, without its teacher."""
-    item = source.dataset[int(source.positions[0])]
+    """The first row as a batch of one, in a view where there are views, without its teacher."""
+    item = source.loaded[int(source.positions[0])]
     return take_apart(default_collate([item]), has_teacher=False)
 
 

@@ -66,6 +66,8 @@ def train(job: RunJob, state: State, log: MetricsLog, stop: StopRequest, bar: Pr
         epoch = order.epoch(state.step)
         sampler.start, sampler.stop = state.step, min(job.total_steps, (epoch + 1) * order.steps_per_epoch)
         generator.manual_seed((options.seed + epoch) % 2**63)
+        if job.source.items is not None:
+            job.source.items.set_epoch(epoch)  # seen by workers that live on, which load none of it before `iter`
         began = time.perf_counter()
         batches = iter(loader)
         while state.step < sampler.stop:

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from kdcache.errors import UsageError
+from kdcache.format.schema import MAX_VIEWS
 from kdcache.stages.choices import AMP, DEFAULT_LR, DEFAULT_WEIGHT_DECAY, OPTIMIZERS, SCHEDULES, listed
 from kdcache.stages.option import flag, option
 
 MISSING = ("error", "ce", "skip")
 CHECKS = ("ids", "sample", "full")
+VIEW_ORDERS = ("epoch", "random")
 DEFAULT_EPOCHS = 10
 
 
@@ -49,6 +51,19 @@ class DistillOptions:
         "error", "Rows that the cache lacks: fail, learn the label, skip.", group="loss", choices=MISSING
     )
     check: str = option("sample", "Rows whose input is compared with the cache's.", group="loss", choices=CHECKS)
+
+    augment: str | None = option(
+        None,
+        "Augmentation of the training inputs: crop4,hflip or module:factory; a cache brings its own.",
+        group="views",
+    )
+    views: int | None = option(
+        None, "Views of each sample: all of the cache, without a cache a new one each epoch.", group="views"
+    )
+    view_order: str = option(
+        "epoch", "View in epoch e: number e mod --views, or any at random.", group="views", choices=VIEW_ORDERS
+    )
+    view_seed: int | None = option(None, "Seed of the views without a cache (0).", group="views")
 
     epochs: int | None = option(None, f"Passes over the data ({DEFAULT_EPOCHS} without --steps).", group="training")
     steps: int | None = option(None, "Optimiser steps, instead of --epochs.", group="training")
@@ -108,6 +123,7 @@ def resolve(options: DistillOptions) -> DistillOptions:
         raise UsageError("--resume and --tensorboard need the folder of the run; give --out")
     if options.hard_targets and options.label_smoothing:
         raise UsageError("--hard-targets and --label-smoothing exclude each other: the control is the teacher's argmax")
+    _check_views(options)
     return dataclasses.replace(
         options,
         epochs=DEFAULT_EPOCHS if options.epochs is None and options.steps is None else options.epochs,
@@ -123,11 +139,20 @@ def _check_choices(options: DistillOptions) -> None:
             raise UsageError(f"{flag(field.name)} {value!r} is not known; choose one of {', '.join(choices)}")
 
 
+def _check_views(options: DistillOptions) -> None:
+    if options.view_seed is not None and options.cache is not None:
+        raise UsageError("--view-seed is for runs without a cache: the views of a cache have the seed of its dump")
+    if options.view_seed is not None and options.augment is None:
+        raise UsageError("--view-seed without --augment: there are no views to draw; give --augment, or leave it out")
+
+
 def _check_numbers(options: DistillOptions) -> None:
     ranges: dict[str, tuple[bool, str]] = {
         "alpha": (0 <= options.alpha <= 1, "between 0 and 1"),
         "temperature": (0 < options.temperature < math.inf, "above 0"),
         "label_smoothing": (0 <= options.label_smoothing < 1, "at least 0 and below 1"),
+        "views": (options.views is None or 1 <= options.views <= MAX_VIEWS, f"1 to {MAX_VIEWS}"),
+        "view_seed": (options.view_seed is None or 0 <= options.view_seed < 2**63, "at least 0 and below 2**63"),
         "epochs": (options.epochs is None or options.epochs >= 1, "at least 1"),
         "steps": (options.steps is None or options.steps >= 1, "at least 1"),
         "batch_size": (options.batch_size >= 1, "at least 1"),

@@ -59,6 +59,7 @@ def _counts(logits: Tensor, batch: Batch, objective: Objective) -> list[Tensor]:
     found = [loss, weight, zero, zero, zero, zero, zero, zero]
     top = logits.argmax(dim=1)
     if batch.labels is not None:
+        assert isinstance(batch.labels, Tensor)  # validation data are never mixed
         labelled = batch.labels >= 0
         found[2:5] = cross_entropy(logits, batch.labels).sum(), (top == batch.labels).sum(), labelled.sum()
     if batch.teacher is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,9 +46,12 @@ def data_provenance(
     inputs: str | None,
     classes: Sequence[str] | None = None,
     files: Sequence[dict[str, Any]] = (),
+    decoder: Mapping[str, str] | None = None,
     **more: Any,
 ) -> dict[str, Any]:
-    """The `data` part of a cache's provenance; `fingerprint` covers all of it but names of files and folders.
+    """The `data` part of a cache's provenance.
+
+    `fingerprint` covers all of it but names of files and folders, and the decoder: that is not the data's identity.
 
     Args:
         name: for people; no absolute path.
@@ -58,6 +61,7 @@ def data_provenance(
         inputs: how stored values become model inputs.
         classes: ordered names.
         files: from `describe_file`.
+        decoder: versions of the libraries that decode images, for the diagnosis of inputs that differ.
         more: further facts that identify the data.
     """
     facts = {
@@ -72,6 +76,7 @@ def data_provenance(
     return {
         "name": name,
         **facts,
+        **({} if decoder is None else {"decoder": dict(decoder)}),
         "files": list(files),
         "fingerprint": fingerprint({**facts, "contents": contents}),
     }

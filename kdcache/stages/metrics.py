@@ -8,13 +8,12 @@ if asked for (extra `tensorboard`).
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from kdcache.errors import KDCacheError
 from kdcache.stages.tensorboard_events import EventFile
-from kdcache.store.posix import translated
+from kdcache.store.growing import GrowingFile
 
 METRICS_NAME = "metrics.jsonl"
 TENSORBOARD_NAME = "tensorboard"
@@ -31,19 +30,16 @@ class MetricsLog:
 
     Raises:
         StorageError: the disk is full or refuses otherwise; so do `write`, `sync` and `close`.
+        MismatchError: the file is shorter than `keep_bytes`.
     """
 
     def __init__(self, folder: Path | None, *, keep_bytes: int = 0, tensorboard: bool = False, step: int = 0) -> None:
-        self._file = None
+        self._file: GrowingFile | None = None
         self._events: EventFile | None = None
         if folder is None:
             return
-        self._path = folder / METRICS_NAME
         try:
-            with translated("open", self._path):
-                self._file = self._path.open("ab")
-                if self._file.tell() > keep_bytes:
-                    self._file.truncate(keep_bytes)
+            self._file = GrowingFile(folder / METRICS_NAME, keep_bytes=keep_bytes)
             if tensorboard:
                 self._events = EventFile(folder / TENSORBOARD_NAME, step=step)
         except KDCacheError:
@@ -53,29 +49,20 @@ class MetricsLog:
     def write(self, record: dict[str, Any]) -> None:
         """Appends one line; keys `step` and `event` are expected, numbers must be finite."""
         if self._file is not None:
-            line = json.dumps(record, allow_nan=False).encode() + b"\n"
-            with translated("write", self._path):
-                self._file.write(line)
-                self._file.flush()
+            self._file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
         if self._events is not None:
             scalars = {f"{record['event']}/{key}": value for key, value in record.items() if isinstance(value, float)}
             self._events.write(record["step"], scalars)
 
     def sync(self) -> int:
         """Brings the lines to the disk and returns the file's length in bytes (0 without a file)."""
-        if self._file is None:
-            return 0
-        with translated("write", self._path):
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            return os.fstat(self._file.fileno()).st_size
+        return 0 if self._file is None else self._file.sync()
 
     def close(self) -> None:
         """Closes what is open; harmless when repeated."""
         try:
             if self._file is not None:
-                with translated("write", self._path):
-                    self._file.close()
+                self._file.close()
         finally:
             if self._events is not None:
                 self._events.close()

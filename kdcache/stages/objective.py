@@ -14,7 +14,8 @@ from torch import Tensor
 from kdcache.errors import UsageError
 from kdcache.stages.batches import Batch
 from kdcache.train.loss_settings import LossSettings
-from kdcache.train.losses import cross_entropy, soft_target_kl, sum_terms
+from kdcache.train.losses import Labels, cross_entropy, soft_target_kl, sum_terms
+from kdcache.train.mixed_labels import MixedLabels
 from kdcache.train.soft_targets import pseudo_labels, teacher_signal
 
 
@@ -54,18 +55,25 @@ class Objective:
         labels = self._hard_labels(batch) if self.hard_targets else batch.labels
         parts = [logits.new_zeros((), dtype=torch.float32)] * 4
         if labels is not None:
-            parts[:2] = cross_entropy(logits.float(), labels).sum(), (labels >= 0).sum()
+            known = labels.known if isinstance(labels, MixedLabels) else labels
+            parts[:2] = cross_entropy(logits.float(), labels).sum(), (known >= 0).sum()
         if batch.teacher is not None:
             divergence, taught = masked_kl(logits.float(), batch, temperature=self.settings.temperature)
             parts[2:] = divergence.sum() * self.settings.factor, taught.sum()
         return torch.stack([part.float() for part in parts])
 
     @staticmethod
-    def _hard_labels(batch: Batch) -> Tensor:
+    def _hard_labels(batch: Batch) -> Labels:
         if batch.teacher is None:
             raise UsageError("--hard-targets needs the teacher's cache; give --cache")
-        hard = pseudo_labels(batch.teacher)
-        return hard if batch.labels is None else torch.where(hard >= 0, hard, batch.labels)
+        hard, labels = pseudo_labels(batch.teacher), batch.labels
+        if labels is None:
+            return hard
+        if not isinstance(labels, MixedLabels):
+            return torch.where(hard >= 0, hard, labels)
+        ratio = torch.where(hard >= 0, 1.0, labels.ratio)  # the teacher's argmax on a mixed view is one class
+        first, second = (torch.where(hard >= 0, hard, part) for part in (labels.first, labels.second))
+        return MixedLabels(first, second, ratio)
 
 
 def masked_kl(logits: Tensor, batch: Batch, *, temperature: float) -> tuple[Tensor, Tensor]:

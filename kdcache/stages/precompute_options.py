@@ -9,6 +9,7 @@ from typing import Any
 
 from kdcache.errors import UsageError
 from kdcache.format.encodings import DTYPES
+from kdcache.format.view_seed import MAX_SEED, check_views
 from kdcache.stages.choices import AMP
 from kdcache.stages.option import flag, option
 
@@ -38,6 +39,13 @@ class PrecomputeOptions:
     shard_rows: int | None = option(None, "Rows of a shard (default: up to 256 MiB).", group="cache")
     teacher_saw: str = option("unknown", "Was the teacher trained on these rows?", group="cache", choices=TEACHER_SAW)
     licence: str | None = option(None, "Licence and terms of the logits, for the card.", group="cache")
+    augment: str | None = option(
+        None,
+        "Augmentation that makes the views: crop4,hflip, shift2, hflip,mixup0.2 ... or module:factory.",
+        group="cache",
+    )
+    views: int = option(1, "Views of each sample.", group="cache")
+    seed: int = option(0, "Seed of the views.", group="cache")
     overwrite: bool = option(False, "Replace what is in --out.", group="cache")
 
     batch_size: int = option(256, "Rows of a forward pass.", group="machine")
@@ -67,6 +75,9 @@ class PrecomputeOptions:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UsageError(f"{flag(name)} must be at least {least}, found {value}")
+        check_views(self.views)
+        if not 0 <= self.seed <= MAX_SEED:
+            raise UsageError(f"--seed must be 0 to 2**63 - 1, found {self.seed}")
         share_of(self.shard)
 
 

@@ -17,6 +17,7 @@ from kdcache.errors import KDCacheError, MismatchError
 from kdcache.stages import checkpoint
 from kdcache.stages.distill_inputs import Source
 from kdcache.stages.distill_options import RESUMABLE, DistillOptions, portable
+from kdcache.stages.specs import one_line
 from kdcache.stages.training import State, Trainer
 
 FORMAT = 1
@@ -29,6 +30,8 @@ def identity(options: DistillOptions, train: Source, held_out: Source | None, *,
         if source is not None:
             facts[f"{name} fingerprint"] = source.fingerprint
             facts[f"{name} cache root"] = None if source.cache is None else source.cache.root
+    if train.views is not None:
+        facts["views of the data"] = train.views
     return {**facts, "total steps": total_steps}
 
 
@@ -83,12 +86,22 @@ def restore_run(path: Path, trainer: Trainer, *, identity: dict[str, Any]) -> tu
         MismatchError: another run, or a student with other tensors.
         KDCacheError: not a checkpoint of this version.
     """
-    content, team = checkpoint.load(path), trainer.team
-    if content.get("format") != FORMAT:
+    content = checkpoint.load(path)
+    found = content.get("format")
+    if type(found) is not int or found != FORMAT:
+        raise KDCacheError(f"{path.name} has the format {found!r:.50}, expected {FORMAT}; start anew with --overwrite")
+    try:
+        check_same_run(content["identity"], identity, out=path.parent)
+        return _put_back(path, content, trainer)
+    except (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
         raise KDCacheError(
-            f"{path.name} has the format {content.get('format')}, expected {FORMAT}; use --overwrite to start anew"
-        )
-    check_same_run(content["identity"], identity, out=path.parent)
+            f"{path.name} in {path.parent} is damaged, or was not written by kdcache ({one_line(error)}); use "
+            "--overwrite to start anew"
+        ) from error
+
+
+def _put_back(path: Path, content: dict[str, Any], trainer: Trainer) -> tuple[State, int]:
+    team = trainer.team
     try:
         trainer.student.load_state_dict(content["student"])
         trainer.optimizer.load_state_dict(content["optimizer"])

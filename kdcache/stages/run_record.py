@@ -16,7 +16,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from kdcache.errors import KDCacheError, StorageError, UsageError
+from kdcache.errors import KDCacheError, UsageError
+from kdcache.format.strict_json import MAX_JSON_BYTES
 from kdcache.stages.checkpoint import BEST_NAME, LAST_NAME, RESUME_NAME
 from kdcache.stages.distill_inputs import Source
 from kdcache.stages.metrics import METRICS_NAME, TENSORBOARD_NAME
@@ -25,7 +26,7 @@ from kdcache.store import posix
 
 RECORD_NAME = "run.json"
 RECORD_FORMAT = 1
-RUN_FILES = (RECORD_NAME, METRICS_NAME, BEST_NAME, LAST_NAME, RESUME_NAME)
+RUN_FILES = (RECORD_NAME, RESUME_NAME, METRICS_NAME, BEST_NAME, LAST_NAME)  # in the order in which they are removed
 
 
 def check_folder(out: Path, *, resume: bool, overwrite: bool) -> None:
@@ -35,15 +36,15 @@ def check_folder(out: Path, *, resume: bool, overwrite: bool) -> None:
         UsageError: `out` is a file, holds something else, or a run and neither `resume` nor `overwrite` is asked
             for.
     """
-    if out.exists() and not out.is_dir():
+    if posix.kind_of(out) not in ("folder", None):
         raise UsageError(f"--out {out} is a file; a run needs a folder")
-    holds = [name for name in RUN_FILES if (out / name).exists()]
+    holds = [name for name in RUN_FILES if posix.exists(out / name)]
     if holds and not (resume or overwrite):
         raise UsageError(
             f"--out {out} holds a run ({', '.join(holds)}): go on with it with --resume, replace it with "
             "--overwrite, or choose another folder"
         )
-    foreign = [] if holds or not out.exists() else sorted(p.name for p in out.iterdir() if not _is_ours(p.name))
+    foreign = [] if holds else [name for name in posix.names_in(out) if not _is_ours(name)]
     if foreign:
         raise UsageError(
             f"--out {out} holds {foreign[0]!r}, which is not part of a run; choose another or an empty folder"
@@ -55,23 +56,24 @@ def _is_ours(name: str) -> bool:
 
 
 def prepare_folder(out: Path, *, overwrite: bool) -> None:
-    """Makes the folder of a run; with `overwrite` the run in it goes.
+    """Makes the folder of a run; what is in it goes with `overwrite`, or where there is nothing to go on from.
 
     Raises:
         StorageError: it cannot be written.
     """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        for left in out.glob(".tmp-*"):  # of a process that was killed while it wrote
-            left.unlink()
-        if overwrite:
-            events = (out / TENSORBOARD_NAME).glob(f"{EVENTS_PREFIX}*")
-            for path in [*(out / name for name in RUN_FILES), *events]:
-                path.unlink(missing_ok=True)
-    except OSError as error:
-        raise StorageError(
-            f"--out {out} cannot be written: {error.strerror or error}; choose another folder"
-        ) from error
+    with posix.translated("write", out):
+        posix.make_folder(out)
+        there = posix.names_in(out)
+        names = [name for name in there if name.startswith(posix.TEMPORARY_PREFIX)]
+        if not overwrite and read_record(out).get("status") == "done":
+            names += {RESUME_NAME}.intersection(there)  # its process was killed right before it removed this
+        elif overwrite or RESUME_NAME not in there:
+            events = [n for n in posix.names_in(out / TENSORBOARD_NAME) if n.startswith(EVENTS_PREFIX)]
+            names += [*(n for n in RUN_FILES if n in there), *(f"{TENSORBOARD_NAME}/{name}" for name in events)]
+        for name in names:
+            posix.unlink(out / name)
+        if names:
+            posix.fsync_folder(out)  # else an old checkpoint could come back beside new metrics
 
 
 def now() -> str:
@@ -86,6 +88,8 @@ def describe_source(source: Source) -> dict[str, Any]:
         "fingerprint": source.fingerprint,
         "data": source.provenance,
     }
+    if source.items is not None and source.items.replay is not None:
+        described["views"] = {**source.items.replay.describe(), **(source.views or {})}
     if source.cache is not None:
         described["cache"] = {
             "name": source.cache.path.name,
@@ -110,10 +114,10 @@ def read_record(folder: Path) -> dict[str, Any]:
         KDCacheError: it is damaged.
     """
     path = folder / RECORD_NAME
-    if not path.exists():
+    if not posix.exists(path):
         return {}
     try:
-        record = json.loads(path.read_text())
+        record = json.loads(posix.read_file(path, MAX_JSON_BYTES))
     except ValueError as error:
         raise KDCacheError(
             f"{path.name} in {folder.name} is damaged ({error}); start again with --overwrite"

@@ -4,14 +4,18 @@ Two things are checked that would otherwise go wrong late or silently. The batch
 batches never cross a shard's border and the last one of a shard is short. And the program must have been exported in
 eval mode: exported dropout and batch norm cannot be switched afterwards.
 
-torch.export.load unpickles what an archive marks as pickled (custom objects, unusual weights, old formats). Such
-archives are refused before torch sees them. What is left is still a program: run only one that you would run as code.
+torch.export.load unpickles what an archive marks as pickled (custom objects, unusual weights, old formats), and
+evaluates texts of the program. Archives with more than plain tensors and arithmetic in them are refused before torch
+sees them. What is left is still a program: run only one that you would run as code.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
+import logging
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -20,6 +24,7 @@ from torch import Tensor, nn
 
 from kdcache.errors import DataError, KDCacheError, UsageError
 from kdcache.format.strict_json import load_json
+from kdcache.stages.pt2_program import UnsafeProgramError, check_graph, check_text
 from kdcache.stages.specs import one_line
 
 USAGE = "pt2:FILE"
@@ -65,18 +70,34 @@ def load_pt2(path: Path) -> ExportedTeacher:
         raise UsageError(f"pt2: there is no file {path}; expected {USAGE}")
     refuse_pickles(path)
     try:
-        program = torch.export.load(path)
+        with _without_warnings():
+            program = torch.export.load(path)
+        check_graph(program)
         _check_mode(program)
         return ExportedTeacher(program)
     except KDCacheError:
         raise
+    except UnsafeProgramError as error:
+        raise _unsafe(path.name, str(error)) from error
     # The deserialiser raises assertion, key, type and runtime errors on damaged programs.
     except Exception as error:
         raise DataError(f"pt2: {path.name} cannot be loaded: {one_line(error)}") from error
 
 
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """torch logs the traceback of an error before it raises another one; what it raises tells enough."""
+    log = logging.getLogger("torch.export")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
 def refuse_pickles(path: Path) -> None:
-    """Looks through a `.pt2` archive for everything that `torch.export.load` would unpickle or run as machine code.
+    """Looks through a `.pt2` archive for everything that `torch.export.load` would unpickle, evaluate or import.
 
     Raises:
         UsageError: there is such an entry, or the archive is of a format before torch 2.8.
@@ -85,26 +106,36 @@ def refuse_pickles(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             names = [PurePosixPath(name) for name in archive.namelist()]
-            if len(set(names)) < len(names):
-                raise DataError(f"pt2: {path.name} has two entries of one name")
-            inside = {"/".join(name.parts[1:]): str(name) for name in names}  # below the archive's own folder
-            if "archive_format" not in inside:
-                raise UsageError(f"pt2: {path.name} is of a format before torch 2.8, which is unpickled; {_SAVE_AGAIN}")
-            for name, full in inside.items():
-                _refuse_entry(name, archive, full, path.name)
+        inside = sorted("/".join(name.parts[1:]) for name in names)  # below the archive's own folder
+        # Beside the one folder torch would look for the older format, if it fails to load the newer one.
+        if "archive_format" not in inside or len({name.parts[0] for name in names}) > 1:
+            raise UsageError(f"pt2: {path.name} is of a format before torch 2.8, which is unpickled; {_SAVE_AGAIN}")
+        if len({name.casefold() for name in inside}) < len(inside):  # torch looks names up in either case
+            raise DataError(f"pt2: {path.name} has two entries of one name")
+        reader = torch._C.PyTorchFileReader(str(path))
+        if sorted(reader.get_all_records()) != inside:
+            raise DataError(f"pt2: {path.name} holds other entries for torch than for zip readers")
+        for name in inside:
+            _refuse_entry(name, reader, path.name)
     except KDCacheError:
         raise
-    # zipfile and zlib raise a dozen types between them on damaged files.
+    # zipfile, zlib and torch raise a dozen types between them on damaged files.
     except Exception as error:
         raise DataError(f"pt2: {path.name} is not a readable .pt2 archive: {one_line(error)}") from error
 
 
-def _refuse_entry(name: str, archive: zipfile.ZipFile, full: str, file: str) -> None:
+def _refuse_entry(name: str, reader: torch._C.PyTorchFileReader, file: str) -> None:
     why = ""
-    if name.startswith("data/sample_inputs/"):
+    if name.startswith("models/"):
         try:
-            if archive.getinfo(full).file_size:
-                torch.load(io.BytesIO(archive.read(full)), map_location="cpu", weights_only=True)
+            check_text(reader.get_record(name))
+        except UnsafeProgramError as error:
+            why = str(error)
+    elif name.startswith("data/sample_inputs/"):
+        try:
+            content = reader.get_record(name)
+            if content:
+                torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         except Exception:  # whatever it is, torch.export.load would go on to unpickle it
             why = "its sample inputs are more than tensors and plain containers"
     elif name.startswith("data/aotinductor/"):
@@ -112,16 +143,20 @@ def _refuse_entry(name: str, archive: zipfile.ZipFile, full: str, file: str) -> 
     elif name.startswith(("data/weights/", "data/constants/")):
         kind = PurePosixPath(name).name
         if kind.endswith("_config.json"):
-            entries = load_json(archive.read(full), where=f"{file}: {name}").get("config")
+            entries = load_json(reader.get_record(name), where=f"{file}: {name}").get("config")
             if not isinstance(entries, dict) or not all(_is_plain_tensor(entry) for entry in entries.values()):
                 why = f"{name} lists pickled objects"
         elif not kind.startswith(("weight_", "tensor_")):
             why = f"{name} is a pickled object"
     if why:
-        raise UsageError(
-            f"pt2: {file} is refused, since loading it would run code from the file: {why}. Export a model of plain "
-            f"tensors, or give the teacher as module:factory with --weights"
-        )
+        raise _unsafe(file, why)
+
+
+def _unsafe(file: str, why: str) -> UsageError:
+    return UsageError(
+        f"pt2: {file} is refused, since loading it would run code from the file: {why}. Export a model of plain "
+        f"tensors, or give the teacher as module:factory with --weights"
+    )
 
 
 def _is_plain_tensor(entry: Any) -> bool:

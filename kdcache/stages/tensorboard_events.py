@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, final
 
 from kdcache.errors import MissingExtraError, StorageError
-from kdcache.store.posix import translated
+from kdcache.store.growing import GrowingFile
+from kdcache.store.posix import make_folder, translated
 
 EVENTS_PREFIX = "events.out.tfevents."  # TensorBoard looks for `tfevents`
 
@@ -42,8 +43,8 @@ class EventFile:
         self._path = folder / f"{EVENTS_PREFIX}{step:010d}"
         self._event, self._summary = Event, Summary
         with translated("open", self._path):
-            folder.mkdir(exist_ok=True)
-            self._records = RecordWriter(self._path.open("wb"))
+            make_folder(folder)
+        self._records = RecordWriter(GrowingFile(self._path))
         try:
             begins = Event(step=step + 1, session_log=SessionLog(status="START"))
             self._write(Event(file_version="brain.Event:2"), begins)
@@ -59,12 +60,9 @@ class EventFile:
 
     def close(self) -> None:
         """Closes the file; harmless when repeated."""
-        with translated("write", self._path):
-            self._records.close()
+        self._records.close()
 
     def _write(self, *events: Any) -> None:
-        with translated("write", self._path):
-            for event in events:
-                event.wall_time = time.time()
-                self._records.write(event.SerializeToString())
-            self._records.flush()
+        for event in events:
+            event.wall_time = time.time()
+            self._records.write(event.SerializeToString())

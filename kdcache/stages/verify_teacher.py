@@ -18,23 +18,25 @@ import numpy as np
 import torch
 from torch import nn
 
-from kdcache.errors import MismatchError, UsageError
+from kdcache.errors import MismatchError
 from kdcache.format.encodings import decode
-from kdcache.format.identity import show_id, show_ids
+from kdcache.format.identity import show_id
 from kdcache.stages.choices import AMP
 from kdcache.stages.devices import pick_device
 from kdcache.stages.dump_feed import DumpItems, Fed
-from kdcache.stages.dump_plan import DIGEST_POINT, check_logits, feed, forward
+from kdcache.stages.dump_plan import check_logits, feed, forward
 from kdcache.stages.loaded_data import NO_LABEL
 from kdcache.stages.precompute_inputs import data_of, teacher_of
 from kdcache.stages.precompute_options import PrecomputeOptions
 from kdcache.stages.teacher_report import OTHER_COMPUTE, ROW_FACTOR, SAME_COMPUTE, TeacherReport, judged
 from kdcache.stages.teachers import LoadedTeacher
+from kdcache.stages.verify_rows import contradictions, replayed_rows
 from kdcache.store.cache import Cache
 from kdcache.store.cache import open as open_cache
 from kdcache.store.rows import TeacherRows
+from kdcache.train.cache_views import Augment
+from kdcache.train.checks import reason_against_inputs
 from kdcache.train.encode import encode
-from kdcache.train.ids import resolve
 
 _BATCH_ROWS = 64
 
@@ -51,10 +53,13 @@ def verify_teacher(
     output_key: str | None = None,
     amp: str | None = None,
     device: str = "auto",
+    augment: Augment | None = None,
     sample: int = 64,
     seed: int = 0,
 ) -> TeacherReport:
     """Runs a teacher on the first, last and random rows of the shards and compares logits, labels and input digests.
+
+    Of a cache of augmented views, the views of each sample are replayed, and the teacher sees all of them.
 
     Args:
         path: of the cache.
@@ -67,15 +72,14 @@ def verify_teacher(
         output_key: as in `precompute`; the one of the dump if not given.
         amp: `none`, `bf16` or `fp16`; the one of the dump if not given.
         device: as in `precompute`.
-        sample: how many rows.
+        augment: the pipeline of the dump, where it is a transform of your own (see `kdcache.join`).
+        sample: how many samples.
         seed: of the random ones.
 
     Raises:
-        MismatchError: the data set lacks sampled rows, or the teacher has another number of classes.
+        MismatchError: the data set lacks sampled rows, the teacher has another number of classes, or another pipeline.
         UsageError, DataError, LogitsError, CorruptCacheError: as in `precompute` and `kdcache.open`.
     """
-    if sample < 1:
-        raise UsageError(f"--sample must be at least 1, found {sample}")
     with open_cache(path) as cache:
         there = cache.provenance
         dumped_amp = there.get("precision", {}).get("amp")
@@ -88,29 +92,12 @@ def verify_teacher(
             device=device,
         )
         loaded = data_of(None if isinstance(data, str) else data, options)
-        own = loaded.sample_ids if sample_ids is None and id_key is None else None
-        ids = resolve(loaded.dataset, sample_ids=sample_ids, id_key=id_key) if own is None else own
-        stored = cache.gather(choose_rows(cache, sample, seed))
-        positions = _positions(ids, stored.sample_id, cache, loaded.name)
+        rows = replayed_rows(
+            cache, loaded, sample_ids=sample_ids, id_key=id_key, augment=augment, sample=sample, seed=seed
+        )
         with teacher_of(None if isinstance(teacher, str) else teacher, transform, options) as ready:
-            items = DumpItems(loaded.dataset, ids, ready.transform)
-            return _compare(cache, stored, ready, items, positions, options)
-
-
-def choose_rows(cache: Cache, count: int, seed: int) -> np.ndarray:
-    """(n,) rows of the first view in order: first and last of the shards, up to half of `count`, and random ones."""
-    samples = cache.num_samples
-    if samples <= count:
-        return np.arange(samples)
-    generator = np.random.default_rng(seed)
-    parts = [part for part in cache.catalog.parts if part.view == cache.views[0]]
-    edges = np.unique([row for part in parts for row in (part.start, part.start + part.rows - 1)])
-    room = max(1, count // 2)
-    if len(edges) > room:
-        inner = generator.choice(edges[1:-1], max(0, room - 2), replace=False)
-        edges = np.concatenate([edges[[0, -1]][:room], inner])
-    others = np.setdiff1d(generator.choice(samples, count, replace=False), edges)
-    return np.sort(np.concatenate([edges, others[: count - len(edges)]]))
+            items = DumpItems(rows, rows.stored.sample_id, ready.transform)
+            return _compare(cache, rows.stored, ready, items, options)
 
 
 def relative_differences(again: np.ndarray, stored: np.ndarray) -> np.ndarray:
@@ -142,35 +129,16 @@ def _centred(logits: np.ndarray, kept: np.ndarray) -> np.ndarray:
     return np.where(kept, values - mean, 0)
 
 
-def _positions(ids: np.ndarray, wanted: np.ndarray, cache: Cache, name: str) -> np.ndarray:
-    """Positions in the data set of the sampled ids."""
-    if ids.dtype.kind != wanted.dtype.kind:
-        raise MismatchError(
-            f"the sample ids of {cache.path.name} are like {show_id(wanted[0])}, those of {name} like "
-            f"{show_id(ids[0])}: it is another data set, or its ids are made in another way"
-        )
-    where = {value: position for position, value in enumerate(ids.tolist())}
-    found = np.array([where.get(value, -1) for value in wanted.tolist()])
-    missing = np.flatnonzero(found < 0)
-    if missing.size:
-        raise MismatchError(
-            f"{name} lacks {missing.size} of the {len(found)} samples that were picked from {cache.path.name} "
-            f"({show_ids(wanted[missing])}): it is another data set or split, or its ids are made in another way"
-        )
-    return found
-
-
 def _compare(
     cache: Cache,
     stored: TeacherRows,
     teacher: LoadedTeacher,
     items: DumpItems,
-    positions: np.ndarray,
     options: PrecomputeOptions,
 ) -> TeacherReport:
     device = pick_device(options.device)
     logits, labels, digests = [], [], []
-    for again, fed in _run(cache, teacher, items, positions, device, options):
+    for again, fed in _run(cache, teacher, items, device, options):
         logits.append(again)
         labels.append(np.full(len(again), NO_LABEL) if fed.labels is None else fed.labels)
         digests.append(fed.digests)
@@ -180,7 +148,6 @@ def _compare(
     # Float32 is float32 everywhere; the rounding of bf16 and fp16 differs between kinds of devices.
     same_compute = was.get("amp") == options.amp and (options.amp == "none" or was.get("device") == device.type)
     tolerance = SAME_COMPUTE if same_compute else OTHER_COMPUTE
-    digest_point = there.get("data", {}).get("digest_point")
     state = there.get("teacher", {}).get("state_sha256")
     worst = int(differences.argmax())
     report = TeacherReport(
@@ -191,10 +158,10 @@ def _compare(
         median_tolerance=tolerance,
         row_tolerance=ROW_FACTOR * tolerance,
         same_compute=same_compute,
-        labels_differ=None if stored.label is None else _contradictions(np.concatenate(labels), stored.label),
+        labels_differ=None if stored.label is None else contradictions(np.concatenate(labels), stored.label),
         inputs_differ=(
             int((np.concatenate(digests) != stored.input_digest).sum())
-            if stored.input_digest is not None and digest_point == DIGEST_POINT
+            if stored.input_digest is not None and reason_against_inputs(cache) is None
             else None
         ),
         same_weights=None if state is None else teacher.provenance.get("state_sha256") == state,
@@ -202,24 +169,18 @@ def _compare(
     return judged(report, cache.path.name)
 
 
-def _contradictions(labels: np.ndarray, stored: np.ndarray) -> int:
-    """Rows whose two labels are known and not equal."""
-    return int(((labels != stored) & (labels != NO_LABEL) & (stored != NO_LABEL)).sum())
-
-
 def _run(
     cache: Cache,
     teacher: LoadedTeacher,
     items: DumpItems,
-    positions: np.ndarray,
     device: torch.device,
     options: PrecomputeOptions,
 ) -> Iterator[tuple[np.ndarray, Fed]]:
     """Raw logits (n, C, ...) float32 of one batch after the other, rounded as they are stored."""
     module = teacher.module.to(device)
     rows = min(_BATCH_ROWS, teacher.max_batch or _BATCH_ROWS)
-    for start in range(0, len(positions), rows):
-        fed = feed(items, positions[start : start + rows].tolist())
+    for start in range(0, len(items), rows):
+        fed = feed(items, list(range(start, min(start + rows, len(items)))))
         logits = forward(module, fed.inputs, device, options)
         row_shape = check_logits(logits, rows=len(fed.digests))
         if row_shape != cache.encoding.row_shape:

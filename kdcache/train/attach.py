@@ -14,18 +14,20 @@ import numpy as np
 import torch
 from torch.utils.data import Subset
 
-from kdcache.errors import DataError
+from kdcache.errors import DataError, MismatchError, UsageError
 from kdcache.format.identity import as_sample_ids
 from kdcache.store.cache import Cache
 from kdcache.store.rows import TeacherRows
+from kdcache.train.cache_views import choice_of, pipeline_of
 from kdcache.train.checks import Check
 from kdcache.train.items import SAMPLE_ID_KEY, TEACHER_KEY, first_input, label_of
+from kdcache.train.mixed_labels import MixedLabels
 from kdcache.train.reading import BatchReader, Missing
-from kdcache.train.with_ids import IdentifiedDataset, SampleId, SampleIds
+from kdcache.train.with_ids import IdentifiedDataset, SampleId, SampleIds, collate_ids
 
 
 def attach(
-    loader: Any, cache: Cache, *, missing: Missing = "error", check: Check = "sample", view: int = 0
+    loader: Any, cache: Cache, *, missing: Missing = "error", check: Check = "sample", view: int | None = None
 ) -> AttachedLoader:
     """Replaces the sample ids in each batch of a loader by the teacher's rows of these samples.
 
@@ -38,7 +40,8 @@ def attach(
             else is left out), "ce" gives them rows with `has_teacher` False.
         check: besides ids and labels, compare the inputs with the dump's: "sample" some, "full" all, "ids" none.
             Inputs are compared as they stand in the batch, after collate: one that mixes or pads inputs is refused.
-        view: which view of the cache.
+        view: the view that all batches are in, where their ids do not say; by default the cache's only one. Of a
+            cache with augmentation, `with_ids(dataset, cache=cache)` gives items in its views.
 
     Returns:
         An iterable with the loader's length. In place of the ids stands a `TeacherRows` of tensors (pinned where
@@ -46,22 +49,29 @@ def attach(
 
     Raises:
         CoverageError: the cache lacks samples.
-        MismatchError: no such view, ids of another kind; later, on a batch: a label or an input that differs.
+        MismatchError: no such view, items of another pipeline than the dump's, ids of another kind; later, on a batch:
+            a label or an input that differs.
+        UsageError: several views, and a batch does not say which one its items are in.
     """
-    reader = BatchReader(cache, missing=missing, check=check, view=view)
-    known = _known_ids(getattr(loader, "dataset", None))
+    reader = BatchReader(cache, missing=missing, check=check)
+    if view is not None:
+        choice_of(cache, view=view)  # refuses a view that the cache does not hold
+    source, known = _known_source(getattr(loader, "dataset", None))
+    if source is not None:
+        _check_views(source, cache, view)
     if known is not None and len(known):
         reader.cover(known)
-    return AttachedLoader(loader, reader)
+    return AttachedLoader(loader, reader, view=view)
 
 
 @final
 class AttachedLoader:
     """Made by `attach`; attributes that it does not have itself are those of `loader`."""
 
-    def __init__(self, loader: Any, reader: BatchReader) -> None:
+    def __init__(self, loader: Any, reader: BatchReader, *, view: int | None) -> None:
         self.loader = loader
         self._reader = reader
+        self._view = view
 
     @property
     def cache(self) -> Cache:
@@ -89,9 +99,13 @@ class AttachedLoader:
         return getattr(self.loader, name)
 
     def set_epoch(self, epoch: int) -> None:
-        """Tells the epoch to the loader, its samplers and its data set, to each that has a `set_epoch`."""
+        """Tells the epoch to the loader, its samplers and its data set, to each that has a `set_epoch`.
+
+        Before the loader is iterated. Data sets of `with_ids`, also parts of others, take their views by it.
+        """
         parts = [self.loader, *(getattr(self.loader, name, None) for name in ("sampler", "batch_sampler", "dataset"))]
         parts.append(getattr(parts[2], "sampler", None))
+        parts += _identified(parts[3])
         seen: list[Any] = []
         for part in parts:
             if hasattr(part, "set_epoch") and not any(part is other for other in seen):
@@ -100,30 +114,83 @@ class AttachedLoader:
 
     def _attached(self, batch: Any, *, pin: bool) -> Any | None:
         place, sample_ids = _ids_in(batch)
-        rows = self._reader.find(sample_ids)
-        if self._reader.missing == "skip" and not bool((rows >= 0).all()):
-            keep = np.flatnonzero(rows >= 0)
+        positions = self._reader.find(sample_ids.values)
+        if self._reader.missing == "skip" and not bool((positions >= 0).all()):
+            keep = np.flatnonzero(positions >= 0)
             if not len(keep):
                 return None
-            batch = _take(batch, keep, len(rows))
-            rows, sample_ids = rows[keep], sample_ids[keep]
-        input_at = _input_at(batch, len(rows)) if self._reader.compares_inputs else None
-        teacher = self._reader.read(rows, sample_ids, labels=label_of(batch), input_at=input_at)
+            batch = _take(batch, keep, len(positions))
+            positions, sample_ids = positions[keep], sample_ids.take(keep)
+        labels = label_of(batch)
+        first, second = (labels.first, labels.second) if isinstance(labels, MixedLabels) else (labels, None)
+        teacher = self._reader.read(
+            self._reader.rows(positions, self._views(sample_ids)),
+            sample_ids.values,
+            labels=first,
+            partners=second,
+            input_at=_input_at(batch, len(positions)) if self._reader.compares_inputs else None,
+        )
         return _put(batch, place, teacher.pin_memory() if pin else teacher)
 
+    def _views(self, sample_ids: SampleIds) -> list[int]:
+        """The views that the items of a batch are in."""
+        if sample_ids.views is None:
+            return [_fixed_view(self.cache, self._view)] * len(sample_ids)
+        views: list[int] = sample_ids.views.tolist()
+        if self._view is not None and set(views) - {self._view}:
+            raise MismatchError(
+                f"attach is told that all batches are in view {self._view}, and the ids of one name the views "
+                f"{sorted(set(views))}: leave view= out"
+            )
+        return views
 
-def _known_ids(dataset: Any) -> np.ndarray | None:
-    """The ids that a loader's data set will serve, where it comes from `with_ids`."""
+
+def _identified(dataset: Any) -> list[IdentifiedDataset]:
+    """The data sets of `with_ids` that a data set consists of."""
     if isinstance(dataset, IdentifiedDataset):
-        return dataset.sample_ids
+        return [dataset]
+    inner = [dataset.dataset] if isinstance(dataset, Subset) else getattr(dataset, "datasets", ())
+    return [found for part in inner for found in _identified(part)] if isinstance(inner, (list, tuple)) else []
+
+
+def _known_source(dataset: Any) -> tuple[IdentifiedDataset | None, np.ndarray | None]:
+    """The data set of `with_ids` that a loader reads, if it is one, and the ids that it will serve."""
+    if isinstance(dataset, IdentifiedDataset):
+        return dataset, dataset.sample_ids
     if isinstance(dataset, Subset):
-        inner = _known_ids(dataset.dataset)
-        return None if inner is None else inner[np.asarray(dataset.indices, np.int64)]
-    return None
+        source, inner = _known_source(dataset.dataset)
+        return source, None if inner is None else inner[np.asarray(dataset.indices, np.int64)]
+    return None, None
 
 
-def _ids_in(batch: Any) -> tuple[Any, np.ndarray]:
-    """Where the ids stand in a batch, and the ids (N,)."""
+def _fixed_view(cache: Cache, view: int | None) -> int:
+    """The view that items without one in their ids are in: the one that `attach` was told, or the only one."""
+    if view is None and len(cache.views) > 1:
+        raise UsageError(
+            f"{cache.path.name} holds {len(cache.views)} views, and the ids do not say which of them the items are in: "
+            "build the loader over kdcache.with_ids(dataset, cache=cache), with augment= where the pipeline of the "
+            "dump is a transform of your own; or pass view= if all items are in one"
+        )
+    return cache.views[0] if view is None else view
+
+
+def _check_views(source: IdentifiedDataset, cache: Cache, view: int | None) -> None:
+    """Refuses items of another pipeline, or in other views, than the cache's."""
+    if source.replay is None:
+        if source.views is None:
+            _fixed_view(cache, view)
+        return
+    pipeline_of(cache, source.replay)
+    if source.views is None or not set(source.views) <= set(cache.views):
+        found = "a new view in each epoch" if source.views is None else f"the views {list(source.views)}"
+        raise MismatchError(
+            f"with_ids gives {found}, and {cache.path.name} has the views {list(cache.views)}: build the data set as "
+            "kdcache.with_ids(dataset, cache=cache)"
+        )
+
+
+def _ids_in(batch: Any) -> tuple[Any, SampleIds]:
+    """Where the ids stand in a batch, and the ids."""
     if isinstance(batch, Mapping):
         if SAMPLE_ID_KEY in batch:
             return SAMPLE_ID_KEY, _as_ids(batch[SAMPLE_ID_KEY])
@@ -139,12 +206,12 @@ def _ids_in(batch: Any) -> tuple[Any, np.ndarray]:
     )
 
 
-def _as_ids(part: Any) -> np.ndarray:
+def _as_ids(part: Any) -> SampleIds:
     if isinstance(part, SampleIds):
-        return part.values
+        return part
     if isinstance(part, (list, tuple)):
-        return as_sample_ids([value.value if isinstance(value, SampleId) else value for value in part])
-    return as_sample_ids(part)
+        return collate_ids([value if isinstance(value, SampleId) else SampleId(value) for value in part])
+    return SampleIds(as_sample_ids(part))
 
 
 def _outline(batch: Any) -> str:
@@ -187,7 +254,9 @@ def _take(part: Any, keep: np.ndarray, count: int) -> Any:
     if isinstance(part, (torch.Tensor, np.ndarray)):
         return part[keep] if part.ndim and len(part) == count else part
     if isinstance(part, SampleIds):
-        return SampleIds(part.values[keep])
+        return part.take(keep)
+    if isinstance(part, MixedLabels):
+        return MixedLabels(part.first[keep], part.second[keep], part.ratio[keep])
     if isinstance(part, Mapping):
         taken = {key: _take(value, keep, count) for key, value in part.items()}
         if not isinstance(part, MutableMapping):

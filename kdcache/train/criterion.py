@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from kdcache.train.loss_settings import LossSettings
-from kdcache.train.losses import loss_terms, safe_mean, sum_terms
+from kdcache.train.losses import Labels, loss_terms, safe_mean, sum_terms
 from kdcache.train.soft_targets import Teacher
 
 
@@ -52,7 +52,7 @@ class DistillationLoss(nn.Module):
         self,
         student_logits: torch.Tensor,
         teacher: Teacher | None,
-        labels: torch.Tensor | None = None,
+        labels: Labels | None = None,
         sample_weight: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The mean over the rows that have a signal, a scalar.
@@ -60,7 +60,7 @@ class DistillationLoss(nn.Module):
         Args:
             student_logits: (N, C) or (N, C, ...), raw.
             teacher: TeacherRows or raw logits (N, C, ...); None only with alpha=0.
-            labels: (N, ...) integers, -1 = no label; None only with alpha=1.
+            labels: (N, ...) integers, -1 = no label, or MixedLabels; None only with alpha=1.
             sample_weight: (N,) or (N, ...).
         """
         terms, total = loss_terms(student_logits, teacher, labels, self.settings, sample_weight=sample_weight)
@@ -70,7 +70,7 @@ class DistillationLoss(nn.Module):
         self,
         student_logits: torch.Tensor,
         teacher: Teacher | None,
-        labels: torch.Tensor | None = None,
+        labels: Labels | None = None,
         sample_weight: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Numerator and denominator of that mean, for a global batch; see `kdcache.losses.loss_sums`."""

@@ -74,6 +74,23 @@ def label_of(item: Any) -> Any | None:
     return None
 
 
+def with_label(item: Any, value: Any) -> Any:
+    """The item with another label, of the same form; an item without a label stays as it is.
+
+    >>> with_label(("pixels", 7), 3), with_label({"labels": 7, "x": 1}, 3), with_label("pixels", 3)
+    (('pixels', 3), {'labels': 3, 'x': 1}, 'pixels')
+    """
+    if isinstance(item, (tuple, list)) and len(item) > 1:
+        parts = [item[0], value, *item[2:]]
+        if isinstance(item, list):
+            return parts
+        return type(item)(*parts) if hasattr(item, "_fields") else tuple(parts)
+    if isinstance(item, Mapping):
+        key = next((key for key in LABEL_KEYS if key in item), None)
+        return item if key is None else {**item, key: value}
+    return item
+
+
 def with_part(item: Any, part: Any, *, key: str) -> Any:
     """The item with one more part: at the end of a tuple or list, under `key` in a dict, beside a bare input.
 

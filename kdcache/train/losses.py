@@ -24,19 +24,22 @@ import torch
 from torch.nn import functional
 
 from kdcache.errors import DataError, UsageError
+from kdcache.store.rows import TeacherRows
 from kdcache.train.loss_settings import LossSettings
+from kdcache.train.mixed_labels import MixedLabels
 from kdcache.train.row_weights import RowWeights, row_weights
 from kdcache.train.soft_targets import Teacher, check_same_shape, pseudo_labels, teacher_signal
 
 NO_LABEL = -1
 
 Reduction: TypeAlias = Literal["mean", "sum", "none"]
+Labels: TypeAlias = torch.Tensor | MixedLabels
 
 
 def kd_loss(
     student_logits: torch.Tensor,
     teacher_logits: Teacher | None,
-    labels: torch.Tensor | None = None,
+    labels: Labels | None = None,
     *,
     alpha: float,
     temperature: float,
@@ -50,7 +53,8 @@ def kd_loss(
     Args:
         student_logits: (N, C) or (N, C, ...), raw.
         teacher_logits: TeacherRows, or raw logits of the same shape (detached here); None only with alpha=0.
-        labels: (N, ...) integer classes, -1 = no label; None only with alpha=1.
+        labels: (N, ...) integer classes, -1 = no label, or MixedLabels; None only with alpha=1. Rows of mixed views
+            bring their second label and its share themselves.
         alpha: weight of the KD term, in [0, 1]; (1 - alpha) is the weight of the labels.
         temperature: divides both logits, above 0.
         sample_weight: (N,) or (N, ...) weights w_i, not negative; all 1 by default.
@@ -82,7 +86,7 @@ def kd_loss(
 def loss_sums(
     student_logits: torch.Tensor,
     teacher_logits: Teacher | None,
-    labels: torch.Tensor | None = None,
+    labels: Labels | None = None,
     *,
     alpha: float,
     temperature: float,
@@ -174,12 +178,12 @@ def soft_target_kl(
     return negative_entropy - (p * log_q).sum(dim=1)
 
 
-def cross_entropy(student_logits: torch.Tensor, labels: torch.Tensor, *, label_smoothing: float = 0.0) -> torch.Tensor:
+def cross_entropy(student_logits: torch.Tensor, labels: Labels, *, label_smoothing: float = 0.0) -> torch.Tensor:
     """-log softmax(student)[label] per row, 0 where the label is -1.
 
     Args:
         student_logits: (N, C, ...) floats.
-        labels: (N, ...) int64.
+        labels: (N, ...) int64; or MixedLabels, for ratio * CE(first) + (1 - ratio) * CE(second).
         label_smoothing: share of the target spread evenly over all classes (Szegedy et al. 2016, section 7).
 
     Returns:
@@ -188,6 +192,13 @@ def cross_entropy(student_logits: torch.Tensor, labels: torch.Tensor, *, label_s
     >>> cross_entropy(torch.zeros(2, 2), torch.tensor([1, -1]))
     tensor([0.6931, 0.0000])
     """
+    if isinstance(labels, MixedLabels):
+        known = labels.known >= 0
+        first, second = (
+            cross_entropy(student_logits, torch.where(known, part, NO_LABEL), label_smoothing=label_smoothing)
+            for part in (labels.first, labels.second)
+        )
+        return labels.ratio * first + (1 - labels.ratio) * second
     return functional.cross_entropy(
         student_logits, labels, ignore_index=NO_LABEL, reduction="none", label_smoothing=label_smoothing
     )
@@ -203,7 +214,7 @@ def safe_mean(numerator: torch.Tensor, denominator: torch.Tensor | float) -> tor
 def loss_terms(
     student_logits: torch.Tensor,
     teacher: Teacher | None,
-    labels: torch.Tensor | None,
+    labels: Labels | None,
     settings: LossSettings,
     *,
     sample_weight: torch.Tensor | None = None,
@@ -220,11 +231,11 @@ def loss_terms(
         check_same_shape(student, signal.logits)
         teacher_logits, has_teacher = signal.logits, signal.has_teacher
     if labels is not None:
-        labels = _check_labels(student, labels)
+        labels = _check_labels(student, with_partners(labels, teacher))
     weights = row_weights(
         (student.shape[0], *student.shape[2:]),
         alpha=settings.alpha,
-        labels=labels,
+        labels=labels.known if isinstance(labels, MixedLabels) else labels,
         has_teacher=teacher_logits is not None if has_teacher is None else has_teacher,
         sample_weight=sample_weight,
         like=student,
@@ -235,7 +246,7 @@ def loss_terms(
 def sum_terms(
     student_logits: torch.Tensor,
     teacher: Teacher | None,
-    labels: torch.Tensor | None,
+    labels: Labels | None,
     settings: LossSettings,
     *,
     sample_weight: torch.Tensor | None = None,
@@ -248,7 +259,7 @@ def sum_terms(
 def _weighted_sum(
     student: torch.Tensor,
     teacher_logits: torch.Tensor | None,
-    labels: torch.Tensor | None,
+    labels: Labels | None,
     settings: LossSettings,
     weights: RowWeights,
 ) -> torch.Tensor:
@@ -276,9 +287,7 @@ def _weighted(term: torch.Tensor, weight: torch.Tensor | float) -> torch.Tensor:
     return term * weight
 
 
-def _check_call(
-    student_logits: torch.Tensor, teacher: Teacher | None, labels: torch.Tensor | None, alpha: float
-) -> None:
+def _check_call(student_logits: torch.Tensor, teacher: Teacher | None, labels: Labels | None, alpha: float) -> None:
     if student_logits.ndim < 2 or not student_logits.is_floating_point():
         raise UsageError(
             f"student logits must be floats of shape (N, C) or (N, C, ...), found {student_logits.dtype} "
@@ -298,8 +307,26 @@ def _check_call(
         )
 
 
-def _check_labels(student: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def with_partners(labels: Labels, teacher: Teacher | None) -> Labels:
+    """The labels, mixed with the partners' where the teacher's rows are of mixed views."""
+    if isinstance(labels, MixedLabels) or not isinstance(teacher, TeacherRows):
+        return labels
+    if teacher.label_b is None or teacher.mix_ratio is None:
+        return labels
+    return MixedLabels(labels, teacher.label_b, teacher.mix_ratio)
+
+
+def _check_labels(student: torch.Tensor, labels: Labels) -> Labels:
     """The labels as int64."""
+    if isinstance(labels, MixedLabels):
+        if student.ndim != 2:
+            raise UsageError("labels of mixed views go with one label a row, not with dense prediction")
+        first, second = (_check_class_numbers(student, part) for part in (labels.first, labels.second))
+        return MixedLabels(first, second, labels.ratio.to(student.dtype))
+    return _check_class_numbers(student, labels)
+
+
+def _check_class_numbers(student: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     expected = (student.shape[0], *student.shape[2:])
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise UsageError(f"labels must be class numbers, found {labels.dtype} {tuple(labels.shape)}")

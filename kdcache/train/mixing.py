@@ -37,7 +37,7 @@ class Mix:
     @property
     def name(self) -> str:
         """As in the text of a pipeline."""
-        return f"{self.kind}{self.alpha:g}"
+        return f"{self.kind}{self.alpha:.12g}"
 
     def draw(self, seed: int, sample_id: Any, view: int, samples: int) -> MixDraw:
         """Partner, ratio and place for view `view` of a sample, out of a cache of `samples` samples."""

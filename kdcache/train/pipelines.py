@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, final
+from typing import Any, ClassVar, Literal, final
 
 import torch
 
@@ -18,7 +18,9 @@ from kdcache.train.mixing import Mix
 from kdcache.train.replay import Replay
 from kdcache.train.tensor_transforms import Erase, Noise, Shift
 
-_PART = re.compile(r"([a-z_]+)(\d+(?:\.\d+)?)?")
+_PART = re.compile(r"([a-z_]+)([0-9]+(?:\.[0-9]+)?)?")
+_DEFAULTS = {"crop": 4.0, "randaug": 9.0, "shift": 2.0, "noise": 0.1, "erase": 0.5, "mixup": 0.2, "cutmix": 1.0}
+_VISION = ("torchvision", "PIL")  # packages that a part calls, for the provenance
 MIXES: tuple[Literal["mixup", "cutmix"], ...] = ("mixup", "cutmix")
 
 
@@ -40,22 +42,43 @@ def named(text: str, *, seed: int = 0) -> Replay:
     """
     parts: list[Any] = []
     mix: Mix | None = None
+    for name, number in _parsed(text):
+        if name in MIXES:
+            assert number is not None
+            mix = Mix(name, number)
+        else:
+            parts.append(_PARTS[name](number))
+    transform = None if not parts else parts[0] if len(parts) == 1 else Chain(tuple(parts))
+    return Replay(transform, seed=seed, name=",".join(w.strip() for w in text.split(",")), is_named=True, mix=mix)
+
+
+def canonical(text: str) -> str:
+    """The text of a named pipeline with all its numbers: equal for equal pipelines.
+
+    >>> canonical("crop, hflip,mixup0.20")
+    'crop4,hflip,mixup0.2'
+    """
+    return ",".join(name if number is None else f"{name}{number:.12g}" for name, number in _parsed(text))
+
+
+def _parsed(text: str) -> list[tuple[str, float | None]]:
+    """Names and numbers of the parts in order."""
+    parsed: list[tuple[str, float | None]] = []
     for word in text.split(","):
         match = _PART.fullmatch(word.strip())
         name, number = (match[1], match[2]) if match else (word.strip(), None)
-        if mix is not None:
-            raise UsageError(f"--augment {text!r}: {mix.kind} mixes finished views, so it must be the last part")
-        if name in MIXES:
-            mix = Mix(name, float(number) if number else {"mixup": 0.2, "cutmix": 1.0}[name])
-        elif name in _PARTS:
-            parts.append(_PARTS[name](_number(text, word, name, number)))
-        else:
+        if parsed and parsed[-1][0] in MIXES:
             raise UsageError(
-                f"--augment {text!r}: no part is called {name!r}; there are {', '.join((*_PARTS, *MIXES))}, each with "
-                "an optional number, or module:factory for a transform of your own"
+                f"--augment {text!r:.200}: {parsed[-1][0]} mixes finished views, so it must be the last part"
             )
-    transform = None if not parts else parts[0] if len(parts) == 1 else Chain(tuple(parts))
-    return Replay(transform, seed=seed, name=",".join(w.strip() for w in text.split(",")), is_named=True, mix=mix)
+        if name not in (*_PARTS, *MIXES):
+            raise UsageError(
+                f"--augment {text!r:.200}: no part is called {name!r:.50}; there are "
+                f"{', '.join((*_PARTS, *MIXES))}, each with an optional number, or "
+                "module:factory for a transform of your own"
+            )
+        parsed.append((name, _number(text, word.strip(), name, number)))
+    return parsed
 
 
 @final
@@ -77,6 +100,8 @@ class Chain:
 class OwnSizeCrop:
     """torchvision's random resized crop to the input's own height and width: batches stay batches."""
 
+    packages: ClassVar[tuple[str, ...]] = _VISION
+
     def __call__(self, image: Any) -> Any:
         """An image of the size of `image`."""
         v2 = torchvision_transforms()
@@ -90,6 +115,7 @@ class RandAugment:
     """torchvision's RandAugment (Cubuk et al., 2020); tensors of floats in [0, 1] pass through 256 levels."""
 
     magnitude: int = 9
+    packages: ClassVar[tuple[str, ...]] = _VISION
 
     def __call__(self, image: Any) -> Any:
         """The type of `image`."""
@@ -123,21 +149,17 @@ def torchvision_transforms() -> Any:
 def _number(text: str, word: str, name: str, number: str | None) -> float | None:
     whole = name in ("crop", "rrc", "randaug", "shift")
     if name == "hflip" and number is not None:
-        raise UsageError(f"--augment {text!r}: hflip takes no number, found {word!r}")
+        raise UsageError(f"--augment {text!r:.200}: hflip takes no number, found {word!r:.50}")
     if number is None:
-        return None
+        return _DEFAULTS.get(name)
     value = float(number)
     if whole and not value.is_integer():
-        raise UsageError(f"--augment {text!r}: {name} takes a whole number, found {number}")
+        raise UsageError(f"--augment {text!r:.200}: {name} takes a whole number, found {number:.20}")
     limits = {"crop": (1, 1024), "rrc": (1, 16384), "randaug": (0, 30), "shift": (1, 4096), "erase": (0, 1)}
     low, high = limits.get(name, (0, 1e6))
     if not low <= value <= high:
-        raise UsageError(f"--augment {text!r}: {name} takes a number from {low:g} to {high:g}, found {number}")
+        raise UsageError(f"--augment {text!r:.200}: {name} takes a number from {low:g} to {high:g}, found {number:.20}")
     return value
-
-
-def _crop(padding: float | None) -> Any:
-    return _PaddedCrop(int(padding or 4))
 
 
 @final
@@ -146,6 +168,7 @@ class _PaddedCrop:
     """Zero padding on all sides, then a random crop of the image's own size, by torchvision."""
 
     padding: int
+    packages: ClassVar[tuple[str, ...]] = _VISION
 
     def __call__(self, image: Any) -> Any:
         v2 = torchvision_transforms()
@@ -153,12 +176,16 @@ class _PaddedCrop:
         return v2.RandomCrop((height, width), padding=self.padding)(image)
 
 
-_PARTS: dict[str, Callable[[float | None], Any]] = {
-    "crop": _crop,
-    "hflip": lambda number: torchvision_transforms().RandomHorizontalFlip(),
-    "rrc": lambda n: OwnSizeCrop() if n is None else torchvision_transforms().RandomResizedCrop(int(n), antialias=True),
-    "randaug": lambda n: (torchvision_transforms(), RandAugment(9 if n is None else int(n)))[1],
-    "shift": lambda n: Shift(2 if n is None else int(n)),
-    "noise": lambda n: Noise(0.1 if n is None else n),
-    "erase": lambda n: Erase(0.5 if n is None else n),
+def _resized_crop(v2: Any, side: float | None) -> Any:
+    return OwnSizeCrop() if side is None else v2.RandomResizedCrop(int(side), antialias=True)
+
+
+_PARTS: dict[str, Callable[[Any], Any]] = {
+    "crop": lambda padding: (torchvision_transforms(), _PaddedCrop(int(padding)))[1],
+    "hflip": lambda _: torchvision_transforms().RandomHorizontalFlip(),
+    "rrc": lambda side: _resized_crop(torchvision_transforms(), side),
+    "randaug": lambda n: (torchvision_transforms(), RandAugment(int(n)))[1],
+    "shift": lambda n: Shift(int(n)),
+    "noise": Noise,
+    "erase": Erase,
 }

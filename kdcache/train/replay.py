@@ -2,7 +2,8 @@
 
 Around the transform, the global generators of torch, NumPy and `random` are set from that seed, and put back
 afterwards; transforms with generators of their own get those set (albumentations, and functions with a parameter
-`rng` or `generator`). That costs about 40 us a view. What cannot be set this way, a generator hidden in a closure or a
+`rng` or `generator`). Setting them takes 14 us a view; keeping them and putting them back takes 70 us more, most of it
+for NumPy's, which is why a batch does that once. What cannot be set this way, a generator hidden in a closure or a
 state that the transform keeps, is found by `check_replay`, which draws some samples twice.
 """
 
@@ -64,18 +65,28 @@ class Replay:
         Raises:
             DataError: the transform failed; the message names it and the sample.
         """
+        return self.each([value], [sample_id], [view])[0]
+
+    def each(self, values: Sequence[Any], sample_ids: Sequence[Any], views: Sequence[int]) -> list[Any]:
+        """The shared views of some samples, each as a call gives it; generators are put back once, at the end."""
+        if self.transform is None:
+            return list(values)
+        with _kept_generators():
+            return [self._draw(*sample) for sample in zip(values, sample_ids, views, strict=True)]
+
+    def _draw(self, value: Any, sample_id: Any, view: int) -> Any:
         key = view_seed(self.seed, sample_id, view)
-        with seeded(key):
-            try:
-                return self._call(value, key)
-            except KDCacheError:
-                raise
-            except Exception as error:
-                raise DataError(
-                    f"the view pipeline {self.name} failed on sample {show_id(sample_id)} (view {view}): "
-                    f"{type(error).__name__}: {error}. It gets the first input of an item, here a "
-                    f"{_outline(value)}"
-                ) from error
+        _set_generators(key)
+        try:
+            return self._call(value, key)
+        except KDCacheError:
+            raise
+        except Exception as error:
+            raise DataError(
+                f"the view pipeline {self.name} failed on sample {show_id(sample_id)} (view {view}): "
+                f"{type(error).__name__}: {error}. It gets the first input of an item, here a "
+                f"{_outline(value)}"
+            ) from error
 
     def describe(self) -> dict[str, Any]:
         """For the provenance: pipeline, seed and the versions of the libraries that draw and compute."""
@@ -97,17 +108,27 @@ def seeded(key: bytes) -> Iterator[None]:
 
     torch's CPU generator takes 32 bits of a seed only (init of MT19937), the others take all of it.
     """
-    torch_generator = torch.default_generator
-    before = torch_generator.get_state(), np.random.get_state(legacy=False), random.getstate()
+    with _kept_generators():
+        _set_generators(key)
+        yield
+
+
+@contextmanager
+def _kept_generators() -> Iterator[None]:
+    before = torch.default_generator.get_state(), np.random.get_state(legacy=False), random.getstate()
     try:
-        torch_generator.manual_seed(int.from_bytes(key[:4], "little"))
-        np.random.seed(np.frombuffer(key, "<u4"))
-        random.seed(int.from_bytes(key, "little"))
         yield
     finally:
-        torch_generator.set_state(before[0])
+        torch.default_generator.set_state(before[0])
         np.random.set_state(before[1])
         random.setstate(before[2])
+
+
+def _set_generators(key: bytes) -> None:
+    torch.default_generator.manual_seed(int.from_bytes(key[:4], "little"))
+    np.random.seed(np.frombuffer(key, "<u4"))
+    # From the other end: both are MT19937 with one way of seeding, and would draw the same numbers from one key.
+    random.seed(int.from_bytes(key, "big"))
 
 
 def check_replay(replay: Replay, samples: Sequence[tuple[Any, Any]], views: Sequence[int]) -> None:
@@ -119,7 +140,7 @@ def check_replay(replay: Replay, samples: Sequence[tuple[Any, Any]], views: Sequ
         views: numbers of the views to draw.
 
     Raises:
-        DataError: two drawings differ; the message names the transform.
+        DataError: two drawings differ; the message names the transform, of a composed one the part.
     """
     if replay.transform is None:
         return
@@ -127,16 +148,41 @@ def check_replay(replay: Replay, samples: Sequence[tuple[Any, Any]], views: Sequ
     culprit = _unsteady(replay, wanted)
     if culprit is None:
         return
-    for part in _parts(replay.transform):
-        alone = Replay(part, seed=replay.seed, name=_name_of(part))
-        try:
-            if _unsteady(alone, wanted) is not None:
-                raise DataError(_unsteady_message(alone.name, culprit, within=replay.name))
-        except DataError as error:
-            if "not replayed" in str(error):
-                raise
-            break  # a later part takes what an earlier one returns: the whole is named
-    raise DataError(_unsteady_message(replay.name, culprit, within=None))
+    part = _unsteady_part(replay.transform, replay.seed, wanted)
+    name, inside = (replay.name, "") if part is None else (part, f" (part of {replay.name})")
+    raise DataError(
+        f"the transform {name}{inside} is not replayed: view {culprit[1]} of sample {show_id(culprit[0])} came out "
+        "differently when it was drawn again. It keeps a state of its own or draws from a generator that kdcache "
+        "cannot set. Let it draw from torch, numpy.random or random, or take a parameter `rng` "
+        "(numpy.random.Generator) or `generator` (torch.Generator)"
+    )
+
+
+def check_alike(replay: Replay, samples: Sequence[tuple[Any, Any]], views: Sequence[int]) -> None:
+    """Refuses a pipeline whose views do not stack to batches.
+
+    Args:
+        replay: the pipeline.
+        samples: (first input, sample id) pairs.
+        views: numbers of the views to draw.
+
+    Raises:
+        DataError: two views differ in dtype or shape, naming both samples; or they are no arrays.
+    """
+    drawn = [(value, sample_id, view) for view in views for value, sample_id in samples]
+    values = replay.each(*map(list, zip(*drawn, strict=True)))
+    for value, (_, sample_id, view) in zip(values, drawn, strict=True):
+        if not isinstance(value, (torch.Tensor, np.ndarray)):
+            raise DataError(
+                f"the view pipeline {replay.name} makes a {type(value).__name__} of sample {show_id(sample_id)}, and "
+                "batches need tensors or arrays: end it with a conversion"
+            )
+        if (value.dtype, value.shape) != (values[0].dtype, values[0].shape):
+            raise DataError(
+                f"the view pipeline {replay.name} makes a {_outline(values[0])} of sample {show_id(drawn[0][1])} (view "
+                f"{drawn[0][2]}) and a {_outline(value)} of sample {show_id(sample_id)} (view {view}), and batches "
+                "need one dtype and shape: crop or resize, and convert, at its end"
+            )
 
 
 def _unsteady(replay: Replay, wanted: Sequence[tuple[Any, Any, int]]) -> tuple[Any, int] | None:
@@ -151,14 +197,17 @@ def _unsteady(replay: Replay, wanted: Sequence[tuple[Any, Any, int]]) -> tuple[A
     return None
 
 
-def _unsteady_message(name: str, culprit: tuple[Any, int], *, within: str | None) -> str:
-    inside = f" (part of {within})" if within is not None else ""
-    return (
-        f"the transform {name}{inside} is not replayed: view {culprit[1]} of sample {show_id(culprit[0])} came out "
-        "differently when it was drawn again. It keeps a state of its own or draws from a generator that kdcache "
-        "cannot set. Let it draw from torch, numpy.random or random, or take a parameter `rng` "
-        "(numpy.random.Generator) or `generator` (torch.Generator)"
-    )
+def _unsteady_part(transform: Any, seed: int, wanted: Sequence[tuple[Any, Any, int]]) -> str | None:
+    """The name of the innermost part that comes out otherwise when drawn again; each gets what the one before gives."""
+    for part in _parts(transform):
+        alone = Replay(part, seed=seed, name=_name_of(part))
+        try:
+            if _unsteady(alone, wanted) is not None:
+                return _unsteady_part(part, seed, wanted) or alone.name
+            wanted = [(alone(*sample), *sample[1:]) for sample in wanted]
+        except DataError:  # it cannot be called alone
+            return None
+    return None
 
 
 def _parts(transform: Any) -> list[Any]:
@@ -204,6 +253,7 @@ def _versions(transform: Any) -> dict[str, str]:
         part = waiting.pop()
         waiting.extend(_parts(part))
         found.add((getattr(part, "__module__", None) or type(part).__module__).partition(".")[0])
+        found.update(getattr(part, "packages", ()))  # what a part of ours calls
     if found & {"torchvision", "timm"}:
         found.update(("PIL", "torchvision"))
     if "albumentations" in found:

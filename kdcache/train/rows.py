@@ -105,6 +105,7 @@ def concatenate(parts: Sequence[TeacherRows]) -> TeacherRows:
         parts = [_as_float32(part) for part in parts]
     first = parts[0]
     labelled = any(part.label is not None for part in parts)
+    mixed = any(part.label_b is not None for part in parts)
     digested = all(part.input_digest is not None for part in parts)
     return TeacherRows(
         encoding=first.encoding,
@@ -114,6 +115,8 @@ def concatenate(parts: Sequence[TeacherRows]) -> TeacherRows:
         label=torch.cat([_labels(part) for part in parts]) if labelled else None,
         has_teacher=torch.cat([part.has_teacher for part in parts]),
         input_digest=np.concatenate([part.input_digest for part in parts]) if digested else None,
+        label_b=torch.cat([_partners(part)[0] for part in parts]) if mixed else None,
+        mix_ratio=torch.cat([_partners(part)[1] for part in parts]) if mixed else None,
     )
 
 
@@ -123,6 +126,13 @@ def _as_float32(part: TeacherRows) -> TeacherRows:
 
 def _labels(part: TeacherRows) -> torch.Tensor:
     return torch.full((len(part),), -1) if part.label is None else part.label
+
+
+def _partners(part: TeacherRows) -> tuple[torch.Tensor, torch.Tensor]:
+    """Second labels and shares; rows that are not mixed are all their own."""
+    if part.label_b is None or part.mix_ratio is None:
+        return torch.full((len(part),), -1), torch.ones(len(part))
+    return part.label_b, part.mix_ratio
 
 
 def _through_pipe(value: Any) -> Any:
@@ -139,7 +149,7 @@ def _send(rows: TeacherRows) -> tuple[Callable[..., TeacherRows], tuple[Any, ...
     tensors = not isinstance(rows.view, np.ndarray)
     convert = _through_pipe if tensors else lambda value: value
     arrays = {name: convert(array) for name, array in rows.arrays.items()}
-    parts = (convert(rows.view), convert(rows.label), convert(rows.has_teacher))
+    parts = tuple(convert(part) for part in (rows.view, rows.label, rows.has_teacher, rows.label_b, rows.mix_ratio))
     return _receive, (tensors, rows.encoding, arrays, rows.sample_id, parts, rows.input_digest)
 
 
@@ -148,13 +158,14 @@ def _receive(
     encoding: Encoding,
     arrays: dict[str, Any],
     sample_id: np.ndarray,
-    parts: tuple[Any, Any, Any],
+    parts: tuple[Any, ...],
     input_digest: np.ndarray | None,
 ) -> TeacherRows:
     if tensors:
         arrays = {name: _as_tensor(array) for name, array in arrays.items()}
-        parts = (_as_tensor(parts[0]), _as_tensor(parts[1]), _as_tensor(parts[2]))
-    return TeacherRows(encoding, arrays, sample_id, *parts, input_digest=input_digest)
+        parts = tuple(_as_tensor(part) for part in parts)
+    view, label, has_teacher, label_b, mix_ratio = parts
+    return TeacherRows(encoding, arrays, sample_id, view, label, has_teacher, input_digest, label_b, mix_ratio)
 
 
 default_collate_fn_map[TeacherRow] = collate_rows

@@ -29,11 +29,20 @@ class SharedEpoch:
         Raises:
             UsageError: below 0.
         """
-        if epoch < 0:
-            raise UsageError(f"an epoch is 0 or more, found {epoch}")
+        check_epoch(epoch)
         self._cell[0] = epoch
 
     def get(self) -> int | None:
         """The epoch, None where nobody has told it."""
         epoch = int(self._cell[0])
         return None if epoch == _NOT_SET else epoch
+
+
+def check_epoch(epoch: int) -> None:
+    """Refuses what is no epoch.
+
+    Raises:
+        UsageError: below 0.
+    """
+    if epoch < 0:
+        raise UsageError(f"an epoch is 0 or more, found {epoch}")

@@ -10,12 +10,13 @@ import numpy as np
 
 from kdcache.errors import CoverageError, DataError
 from kdcache.format.identity import show_id
-from kdcache.train.items import first_input, label_of, load_items, with_input
+from kdcache.train.items import first_input, label_of, load_items, with_input, with_label
+from kdcache.train.mixed_labels import MixedLabel
 from kdcache.train.replay import Replay
 
 
 @final
-@dataclass(frozen=True, eq=False)
+@dataclass(slots=True, eq=False)  # not frozen: one is made for every item, see TeacherRow
 class Viewed:
     """One item in a view.
 
@@ -28,6 +29,13 @@ class Viewed:
     item: Any
     label_b: int | None = None
     mix_ratio: float = 1.0
+
+    @property
+    def labelled(self) -> Any:
+        """The item for training: of a mixed view, its label is a `MixedLabel` of both."""
+        if self.label_b is None or label_of(self.item) is None:
+            return self.item
+        return with_label(self.item, MixedLabel(_label_number(self.item), self.label_b, self.mix_ratio))
 
 
 @final
@@ -54,6 +62,11 @@ class ViewedItems:
         if replay is not None and replay.mix is not None:
             self._partners = _positions(sample_ids if partner_ids is None else partner_ids, sample_ids)
 
+    @property
+    def is_mixed(self) -> bool:
+        """Whether items are mixed with others."""
+        return self._partners is not None
+
     def load(self, indices: Sequence[int], views: Sequence[int]) -> list[Viewed]:
         """The items at some indices, each in its view.
 
@@ -64,24 +77,24 @@ class ViewedItems:
         replay = self._replay
         if replay is None:
             return [Viewed(item) for item in items]
-        own = [self._shared(replay, item, index, view) for item, index, view in zip(items, indices, views, strict=True)]
+        ids = self._sample_ids[np.asarray(indices, np.int64)].tolist()
         if replay.mix is None:
-            return [Viewed(with_input(item, shared)) for item, shared in zip(items, own, strict=True)]
+            shared = replay.each([first_input(item) for item in items], ids, views)
+            return [Viewed(with_input(item, value)) for item, value in zip(items, shared, strict=True)]
         assert self._partners is not None
         draws = [
-            replay.mix.draw(replay.seed, self._sample_ids[index].item(), view, len(self._partners))
-            for index, view in zip(indices, views, strict=True)
+            replay.mix.draw(replay.seed, sample_id, view, len(self._partners))
+            for sample_id, view in zip(ids, views, strict=True)
         ]
-        others = [int(self._partners[draw.partner]) for draw in draws]
-        partners = load_items(self._dataset, others)
+        others = self._partners[[draw.partner for draw in draws]]
+        partners = load_items(self._dataset, others.tolist())
+        inputs = [first_input(item) for item in (*items, *partners)]
+        shared = replay.each(inputs, [*ids, *self._sample_ids[others].tolist()], [*views, *views])
         mixed = []
-        for item, shared, partner, other, view, draw in zip(items, own, partners, others, views, draws, strict=True):
-            value, ratio = replay.mix(shared, self._shared(replay, partner, other, view), draw)
-            mixed.append(Viewed(with_input(item, value), _label_number(partner), ratio))
+        for place, draw in enumerate(draws):
+            value, ratio = replay.mix(shared[place], shared[place + len(items)], draw)
+            mixed.append(Viewed(with_input(items[place], value), _label_number(partners[place]), ratio))
         return mixed
-
-    def _shared(self, replay: Replay, item: Any, index: int, view: int) -> Any:
-        return replay(first_input(item), self._sample_ids[index].item(), view)
 
 
 def _positions(wanted: np.ndarray, present: np.ndarray) -> np.ndarray:

@@ -38,3 +38,16 @@ def test_a_damaged_row_leaves_no_file(run, folder: Path, shard: Path, tmp_path: 
     shard.write_bytes(shard.read_bytes()[:-1] + b"\xff")
     assert run("merge", folder, tmp_path / "teacher.h5").exit_code == 3
     assert not (tmp_path / "teacher.h5").exists()
+
+
+def test_views_are_taken_out_and_a_view_that_is_not_there_is_a_mismatch(run, folder: Path, tmp_path: Path) -> None:
+    result = run("merge", folder, tmp_path / "copy", "--views", "0", "--json")
+    assert result.exit_code == 0, result.stderr
+    copied = json.loads(result.stdout)
+    assert copied["root"] == kdcache.open(tmp_path / "copy").root
+    assert copied["bytes"] == sum(shard.stat().st_size for shard in (tmp_path / "copy" / "shards").iterdir())
+    result = run("merge", folder, tmp_path / "more.h5", "--views", "0-3")
+    assert result.exit_code == 5
+    assert "has the views [0]" in result.stderr
+    assert run("merge", folder, tmp_path / "more.h5", "--views", "all").exit_code == 2
+    assert not (tmp_path / "more.h5").exists()

@@ -73,3 +73,10 @@ def test_one_process_of_a_command_prints(
 
 def test_long_lists_are_cut_with_their_length() -> None:
     assert list(to_lines({"ids": list(range(100))})) == ["ids: 0, 1, 2, 3, 4, 5, 6, 7, ... (100)"]
+
+
+def test_what_a_terminal_would_obey_is_escaped() -> None:
+    result = {"name\x1b[2J": "a\nb\x9b31m\u202e", "inner": {"\r": ["\x07"]}}
+    assert list(to_lines(result)) == ["name\\x1b[2J: a\\nb\\x9b31m\\u202e", "inner:", "  \\r: \\x07"]
+    assert to_json(result).isprintable()
+    assert json.loads(to_json(result)) == result

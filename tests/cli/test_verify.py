@@ -95,3 +95,40 @@ def test_a_teacher_without_data_is_a_usage_error(run, folder: Path) -> None:
     result = run("verify", folder, "--teacher", "networks:wide")
     assert result.exit_code == 2
     assert "--data" in result.stderr
+
+
+def test_the_data_of_a_cache_pass_without_a_teacher(run, factories: str) -> None:
+    result = run("verify", "teacher.h5", "--data", "digits:test", "--sample", "20", "--json")
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["ok"]
+    assert report["data"]["rows"] == 20
+    assert (report["data"]["labels_differ"], report["data"]["inputs_differ"]) == (0, 0)
+
+
+def test_other_data_are_a_mismatch_with_their_counts(run, factories: str, tmp_path: Path) -> None:
+    (tmp_path / f"{factories}_data.py").write_text(
+        "import torch\n"
+        "from kdcache.stages.data import load_data\n"
+        "def doubled():\n"
+        "    data = load_data('digits:test')\n"
+        "    x, y = zip(*data.dataset)\n"
+        "    doubled = torch.utils.data.TensorDataset(torch.stack(x) * 2, torch.tensor(y))\n"
+        "    doubled.sample_ids = data.sample_ids\n"
+        "    return doubled\n"
+    )
+    result = run("verify", "teacher.h5", "--data", f"{factories}_data:doubled", "--json")
+    assert result.exit_code == 5
+    assert "Likely cause: transform. 64 of the 64 inputs compared differ, ids and labels agree" in result.stderr
+    report = json.loads(result.stdout)
+    assert not report["ok"]
+    assert (report["data"]["inputs_differ"], report["data"]["cause"]) == (64, "transform")
+
+
+def test_a_pipeline_without_data_is_a_usage_error_and_another_one_a_mismatch(run, factories: str) -> None:
+    result = run("verify", "teacher.h5", "--augment", "shift")
+    assert result.exit_code == 2
+    assert "--data" in result.stderr
+    result = run("verify", "teacher.h5", "--data", "digits:test", "--augment", "shift")
+    assert result.exit_code == 5
+    assert "was dumped from the items as they are" in result.stderr

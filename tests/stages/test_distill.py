@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -273,10 +274,10 @@ def test_a_masked_class_that_makes_a_term_infinite_leaves_it_out_of_the_metrics(
 def test_a_checkpoint_that_cannot_be_removed_is_a_storage_error(
     toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(path: Path, *, missing_ok: bool = False) -> None:
+    def refuse(path: Path) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(Path, "unlink", refuse)
+    monkeypatch.setattr(os, "unlink", refuse)
     options = replace(OPTIONS, out=str(tmp_path / "run"))
     with pytest.raises(StorageError, match=r"could not remove .*resume\.pt: Permission denied"):
         distill(options, student=make_student(), data=toy.data, cache=toy.cache)

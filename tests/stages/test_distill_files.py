@@ -178,7 +178,7 @@ def test_options_out_of_range_are_refused_by_name(options: DistillOptions, messa
 def test_every_option_has_a_help_text() -> None:
     fields = DistillOptions.__dataclass_fields__.values()
     assert all(field.metadata["help"].endswith(".") for field in fields if "..." not in field.metadata["help"])
-    assert {field.metadata["group"] for field in fields} == {"inputs", "loss", "training", "machine", "run"}
+    assert {field.metadata["group"] for field in fields} == {"inputs", "loss", "views", "training", "machine", "run"}
 
 
 def test_options_that_travel_hold_no_absolute_path() -> None:

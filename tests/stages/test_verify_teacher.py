@@ -13,7 +13,8 @@ from torch.utils.data import Dataset, TensorDataset
 
 from kdcache.errors import MismatchError, UsageError
 from kdcache.stages.precompute import precompute
-from kdcache.stages.verify_teacher import choose_rows, relative_differences, verify_teacher
+from kdcache.stages.verify_rows import choose_rows
+from kdcache.stages.verify_teacher import relative_differences, verify_teacher
 from kdcache.store.cache import open as open_cache
 from kdcache.store.writer import Writer
 

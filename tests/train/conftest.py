@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -13,6 +14,8 @@ from torch.utils.data import TensorDataset
 
 import kdcache
 from kdcache.format.identity import input_digest
+
+sys.path.insert(0, str(Path(__file__).parent))  # helper modules beside the tests can be imported by name
 
 ROWS, CLASSES = 12, 5
 

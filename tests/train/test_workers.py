@@ -1,4 +1,4 @@
-"""Joined and attached loaders with worker processes of every start method."""
+"""Joined and attached loaders with worker processes (tests/proof/test_concurrency.py: every start method)."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from torch.utils.data import DataLoader, TensorDataset
 import kdcache
 from kdcache.errors import MismatchError
 
-METHODS = [(0, None), (2, "fork"), (4, "fork"), (2, "spawn"), (4, "spawn"), (2, "forkserver"), (4, "forkserver")]
-
 
 @pytest.fixture(autouse=True, scope="module")
 def _preloaded_server() -> Iterator[None]:
@@ -22,28 +20,6 @@ def _preloaded_server() -> Iterator[None]:
     multiprocessing.set_forkserver_preload(["kdcache.train.join", "kdcache.train.attach"])
     yield
     multiprocessing.set_forkserver_preload(["__main__"])
-
-
-@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # 4 workers on a machine with fewer cores
-@pytest.mark.parametrize(("workers", "method"), METHODS)
-def test_rows_come_through_workers_of_every_kind(
-    dataset: TensorDataset, cache: kdcache.Cache, workers: int, method: str | None
-) -> None:
-    persistent = workers == 2
-    options: dict[str, Any] = {
-        "batch_size": 2,
-        "num_workers": workers,
-        "multiprocessing_context": method,
-        "persistent_workers": persistent,
-    }
-    joined = DataLoader(kdcache.join(dataset, cache), **options)
-    expected = cache.gather(range(12)).tensors()
-    for _ in range(2 if persistent else 1):
-        batches = list(joined)
-        assert torch.equal(torch.cat([teacher.dense() for _, _, teacher in batches]), expected.dense())
-        assert torch.cat([teacher.label for _, _, teacher in batches]).tolist() == expected.label.tolist()
-        assert [value for _, _, teacher in batches for value in teacher.sample_id.tolist()] == list(range(12))
-        assert all(teacher.has_teacher.all() for _, _, teacher in batches)
 
 
 @pytest.mark.parametrize(("workers", "method"), [(2, "fork"), (2, "forkserver")])
