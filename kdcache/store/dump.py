@@ -31,7 +31,7 @@ from kdcache.format.strict_json import MAX_JSON_BYTES
 from kdcache.store import posix
 from kdcache.store.folder import MANIFEST, PLAN, SHARDS, read_manifest
 from kdcache.store.locks import FINISH, OWNER, PRESENT, lock_file
-from kdcache.store.plan import Plan, check_shard_count, parse_plan, plan_of_manifest, require_same_plan
+from kdcache.store.plan import Plan, check_shard_count, extends, parse_plan, plan_of_manifest, require_same_plan
 from kdcache.store.removal import refuse_foreign
 from kdcache.store.shards import ContainerWriter, remove_temporaries
 
@@ -47,6 +47,7 @@ class DumpFolder:
         self.plan = plan
         self._merged = merged
         self._locks = lock_file(folder)
+        self._grown_from: tuple[tuple[int, int], str] | None = None  # the manifest to replace: which file, and its root
 
     @property
     def manifest_path(self) -> Path:
@@ -55,8 +56,13 @@ class DumpFolder:
 
     @property
     def finished(self) -> bool:
-        """Whether the manifest is there, or another process has made the one file and cleared the folder away."""
-        return posix.exists(self.manifest_path) or (self._merged is not None and posix.exists(self._merged))
+        """Whether the manifest is there, or another process has made the one file and cleared the folder away.
+
+        While views are added the old manifest is there; then, whether another one has taken its place.
+        """
+        if posix.exists(self.manifest_path):
+            return self._grown_from is None or self._manifest_identity() != self._grown_from[0]
+        return self._merged is not None and posix.exists(self._merged)
 
     def record(self, view: int, index: int) -> ShardRecord | None:
         """The commit record of a shard; None if it is not committed, or its file is gone or cut short since."""
@@ -169,12 +175,13 @@ class DumpFolder:
                 provenance=self.plan.provenance,
                 shards=tuple(records),
                 created=utc_now(),
+                predecessor=None if self._grown_from is None else self._grown_from[1],
             ).sealed()
             parse_manifest(manifest.dump(), where=str(self.manifest_path))  # never publish what we would refuse
             names = self.plan.classes.own_file
             if names is not None:
                 posix.write_file(self.folder / CLASSES_FILE, names, replace=True)
-            posix.write_file(self.manifest_path, manifest.dump(), replace=False)
+            posix.write_file(self.manifest_path, manifest.dump(), replace=self._grown_from is not None)
             self._clear()
             return manifest
 
@@ -214,14 +221,7 @@ class DumpFolder:
         """
         with self.exclusive(FINISH):
             if posix.exists(self.manifest_path):
-                manifest = read_manifest(self.folder)
-                found = plan_of_manifest(manifest, samples_known=self.plan.samples is not None)
-                require_same_plan(found, self.plan, where=where, holder=self._locks.holder(PRESENT))
-                with posix.translated("write", self.manifest_path):
-                    posix.fsync_folder(self.folder)  # whoever wrote it may have been killed before this
-                self._clear()  # what a process that was killed right after it wrote the manifest left behind
-                if self.plan.samples is not None:
-                    self._reopen(manifest)
+                self._join_finished(read_manifest(self.folder), where)
             elif not self.finished:
                 self._join_plan(where)
             with posix.translated("lock", self.folder):
@@ -231,6 +231,54 @@ class DumpFolder:
         """Ends this process's part in the dump; others may then replace it."""
         with posix.translated("lock", self.folder):
             self._locks.unlock(PRESENT)
+
+    def _join_finished(self, manifest: Manifest, where: str) -> None:
+        found = plan_of_manifest(manifest, samples_known=self.plan.samples is not None)
+        holder = self._locks.holder(PRESENT)
+        with posix.translated("write", self.manifest_path):
+            posix.fsync_folder(self.folder)  # whoever wrote it may have been killed before this
+        if extends(self.plan, found):
+            self._grow(manifest, where)
+        elif not extends(found, self.plan):  # else it holds these views and more: nothing is left to do
+            require_same_plan(found, self.plan, where=where, holder=holder)
+            under_way = self._plan_there()
+            if under_way is None or not extends(under_way, found):
+                self._clear()  # what a process that was killed right after it wrote the manifest left behind
+                if self.plan.samples is not None:
+                    self._reopen(manifest)
+
+    def _grow(self, manifest: Manifest, where: str) -> None:
+        """Joins or begins a dump of further views of a finished folder; its manifest stays until they are all there.
+
+        Shards that are there get their records back and are not touched.
+        """
+        there = self._plan_there()
+        if there is not None and there.to_json() != self.plan.to_json():
+            if not self._locks.try_lock(PRESENT):
+                require_same_plan(there, self.plan, where=where, holder=self._locks.holder(PRESENT))
+            if not extends(self.plan, there):  # what was begun, and more, may replace it: no shard is lost
+                there = None
+        for record in manifest.shards:
+            if self._is_whole(record):
+                self._write_record(record)
+        if there is None or there.views != self.plan.views:
+            posix.write_file(self.folder / PLAN, self.plan.dump(), replace=True)
+        self._grown_from = self._manifest_identity(), manifest.root
+
+    def _plan_there(self) -> Plan | None:
+        """The plan beside a manifest: of views that are being added, or a leftover, which may be anything."""
+        path = self.folder / PLAN
+        if not posix.exists(path):
+            return None
+        with contextlib.suppress(CorruptCacheError):
+            return parse_plan(posix.read_file(path, MAX_JSON_BYTES), where=str(path))
+        return None
+
+    def _manifest_identity(self) -> tuple[int, int]:
+        """Tells a manifest that was replaced by rename from the one before."""
+        with posix.translated("look at", self.manifest_path):
+            status = os.lstat(self.manifest_path)
+        return status.st_ino, status.st_mtime_ns
 
     def _join_plan(self, where: str) -> None:
         path = self.folder / PLAN
@@ -256,12 +304,15 @@ class DumpFolder:
         if len(whole) == len(manifest.shards):
             return
         for record in whole:
-            path = self.folder / SHARDS / f"{record.file[:-3]}.json"
-            posix.write_file(path, dump_sealed(record.to_json()), replace=True)
+            self._write_record(record)
         posix.write_file(self.folder / PLAN, self.plan.dump(), replace=True)
         with posix.translated("remove", self.manifest_path):
             posix.unlink(self.manifest_path)
             posix.fsync_folder(self.folder)
+
+    def _write_record(self, record: ShardRecord) -> None:
+        path = self.folder / SHARDS / f"{record.file[:-3]}.json"
+        posix.write_file(path, dump_sealed(record.to_json()), replace=True)
 
     def _is_whole(self, record: ShardRecord) -> bool:
         path = self.folder / SHARDS / record.file

@@ -53,9 +53,18 @@ class Occupant:
             MismatchError: naming the first field that differs, with both values, and the holder.
         """
         told = {name: value for name, value in known.items() if name in self.plan}
+        if self._agrees_on_views(told.get("views")):
+            del told["views"]
         difference = first_difference(self.plan, told, is_partial=True)
         if difference is not None and (self.is_stored or self.holder is not None):
             raise_difference(difference, where=str(self.path), holder=self.holder)
+
+    def _agrees_on_views(self, asked: Any) -> bool:
+        """Whether these views are the first of those that are there, or a folder can be grown to them."""
+        held = self.plan.get("views")
+        if not isinstance(asked, list) or not isinstance(held, list):
+            return False
+        return asked == held[: len(asked)] or (held == asked[: len(held)] and not posix.is_file(self.path))
 
 
 def occupant(out: Path) -> Occupant | None:

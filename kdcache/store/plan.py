@@ -6,7 +6,7 @@ another plan on the same folder is refused by the name of the field that differs
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 from kdcache.errors import CorruptCacheError, MismatchError, UsageError, printable
@@ -27,12 +27,13 @@ _HINTS = {
     "provenance.teacher.state_sha256": "the teacher's weights; a factory with random ones needs --weights",
     "provenance.teacher": "the teacher",
     "provenance.data.dumped": "the number of samples, --limit",
+    "provenance.data.digest_point": "views with --augment, the items as they are without",
     "provenance.data": "the data set",
     "provenance.transform": "the teacher's transform",
     "provenance.views.augment": "--augment",
     "provenance.views.seed": "--seed",
     "provenance.views": "the pipeline that makes the views, --augment",
-    "views": "--views",
+    "views": "--views; further views are added to a folder, one file does not grow",
     "provenance.output_key": "--output-key",
     "provenance.precision.batch_size": "--batch-size",
     "provenance.precision.threads": "--threads",
@@ -173,6 +174,14 @@ def require_same_plan(found: Plan, wanted: Plan, *, where: str, holder: int | No
         raise_difference(difference, where=where, holder=holder)
 
 
+def extends(longer: Plan, shorter: Plan) -> bool:
+    """Whether two plans differ in nothing but that the first has further views behind those of the second."""
+    count = len(shorter.views)
+    if len(longer.views) <= count or longer.views[:count] != shorter.views:
+        return False
+    return first_difference(replace(longer, views=shorter.views).to_json(), shorter.to_json()) is None
+
+
 def require_same_file(found: FileHeader, wanted: Plan, *, where: str) -> None:
     """The same for a finished one-file cache, which does not know how it was cut into shards.
 
@@ -180,6 +189,8 @@ def require_same_file(found: FileHeader, wanted: Plan, *, where: str) -> None:
         MismatchError: naming the first field that differs.
     """
     as_plan = Plan(found.schema, found.classes, wanted.shard_rows, found.samples, found.provenance, found.views)
+    if extends(as_plan, wanted):
+        return  # it holds these views and more
     value = wanted.to_json()
     if found.classes.names is None:
         value["classes"] = {**value["classes"], "names": None}
