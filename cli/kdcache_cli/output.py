@@ -35,7 +35,8 @@ def emit(result: Mapping[str, Any], *, as_json: bool, text: str | None = None) -
         raise  # the reader of a pipe has gone; click ends quietly
     except OSError as error:
         raise StorageError(
-            f"could not print the result on stdout: {error.strerror}; what was asked for is done, let stdout go elsewhere"
+            f"could not print the result on stdout: {error.strerror}; what was asked for is done, let stdout go "
+            "elsewhere"
         ) from error
 
 
@@ -48,7 +49,7 @@ def is_first_process(*, slurm: bool) -> bool:
 
 
 def to_json(value: Any) -> str:
-    """One line of strict JSON: paths as text, tuples as lists, NaN and infinities as null, invisible letters escaped."""
+    """One line of strict JSON: paths as text, tuples as lists, NaN as null, control characters escaped."""
     text = json.dumps(_strict(value), allow_nan=False, ensure_ascii=False)
     return text if text.isprintable() else "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
 

@@ -115,7 +115,16 @@ def distill(
             check_folder(Path(options.out), resume=options.resume, overwrite=options.overwrite)
         train_data, train_cache = _chosen("data", data, options), cache or options.cache
         settings = view_settings(options, augment)
-        source = open_source(train_data, train_cache, missing=options.missing, name="training", settings=settings)
+        if options.expect_root is not None and train_cache is None:
+            raise UsageError("--expect-root without --cache: there is nothing that could have that root hash")
+        source = open_source(
+            train_data,
+            train_cache,
+            missing=options.missing,
+            name="training",
+            settings=settings,
+            expect_root=options.expect_root,
+        )
         held_out = None
         if val is not None or options.val is not None:
             val_data, held_out_cache = _chosen("val", val, options), val_cache or options.val_cache

@@ -80,6 +80,7 @@ def open_source(
     missing: str,
     name: str,
     settings: ViewSettings | None = None,
+    expect_root: str | None = None,
 ) -> Source:
     """Loads data by its SPEC (or takes it as it is) and finds its rows in the cache.
 
@@ -89,11 +90,12 @@ def open_source(
         missing: what to do about samples that the cache lacks.
         name: of the data, for messages.
         settings: of the views; None for data that are never augmented.
+        expect_root: the root hash that the cache must have.
 
     Raises:
         CoverageError: the cache lacks samples and `missing` is `error`.
         UsageError: a one-class teacher, or views that cannot be had; see `in_views`.
-        MismatchError: another pipeline than the dump's, or more views than the cache holds.
+        MismatchError: another root hash or pipeline than expected, or more views than the cache holds.
         DataError: no rows, no length, or a pipeline that is not replayed.
     """
     loaded = load_data(data) if isinstance(data, str) else data
@@ -109,7 +111,9 @@ def open_source(
     if cache is None:
         source = Source(name, loaded.dataset, None, positions, None, loaded.num_classes, loaded.provenance)
         return source if settings is None else _with_views(source, loaded.sample_ids, settings)
-    opened = cache if isinstance(cache, Cache) else open_cache(cache)
+    opened = cache if isinstance(cache, Cache) else open_cache(cache, expect_root=expect_root)
+    if expect_root is not None and opened.root != expect_root:
+        raise MismatchError(f"{opened.path.name} has the root hash {opened.root}, expected {expect_root}")
     if opened.num_classes < 2:
         raise UsageError(
             f"the teacher of {opened.path.name} has one class, and softmax over one class is always 1: the loss would "

@@ -37,6 +37,9 @@ class DistillOptions:
     )
     val: str | None = option(None, "Validation data, as for --data.", group="inputs")
     cache: str | None = option(None, "Cache of the teacher's logits; may be left out with --alpha 0.", group="inputs")
+    expect_root: str | None = option(
+        None, "Root hash that --cache must have, as its sender told it by another way.", group="inputs"
+    )
     val_cache: str | None = option(
         None, "Cache for the validation data: measures fidelity to the teacher.", group="inputs"
     )
@@ -102,7 +105,7 @@ PATHS = ("cache", "val_cache", "init", "out")
 # What may differ when a run is resumed: where it computes, how often it reports, the request itself, and the
 # names of caches (their root hashes may not).
 RESUMABLE = frozenset(
-    {"out", "cache", "val_cache"}
+    {"out", "cache", "expect_root", "val_cache"}
     | {field.name for field in dataclasses.fields(DistillOptions) if field.metadata["group"] in ("machine", "run")}
 )
 

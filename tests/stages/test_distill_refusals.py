@@ -24,6 +24,7 @@ from kdcache.errors import (
 )
 from kdcache.stages.distill import distill
 from kdcache.stages.distill_options import DistillOptions
+from kdcache.store.cache import open as open_cache
 from kdcache.store.writer import Writer
 
 OPTIONS = DistillOptions(student="mlp:6-8-4", epochs=1, batch_size=16, device="cpu", quiet=True)
@@ -32,6 +33,17 @@ OPTIONS = DistillOptions(student="mlp:6-8-4", epochs=1, batch_size=16, device="c
 def test_a_student_of_another_width_than_the_cache(toy: Any) -> None:
     with pytest.raises(MismatchError, match=r"3 classes, the teacher of teacher0 has 4"):
         distill(OPTIONS, student=nn.Linear(6, 3), data=toy.data, cache=toy.cache)
+
+
+def test_a_cache_with_another_root_hash(toy: Any) -> None:
+    root = open_cache(toy.cache).root
+    assert distill(replace(OPTIONS, expect_root=root), data=toy.data, cache=toy.cache).steps
+    other = replace(OPTIONS, expect_root=root[::-1])
+    for cache in (toy.cache, open_cache(toy.cache)):
+        with pytest.raises(MismatchError, match=rf"has the root hash {root}, expected {root[::-1]}"):
+            distill(other, data=toy.data, cache=cache)
+    with pytest.raises(UsageError, match="--expect-root without --cache"):
+        distill(replace(other, alpha=0.0), data=toy.data)
 
 
 def test_a_teacher_without_its_cache(toy: Any) -> None:

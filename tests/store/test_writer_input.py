@@ -185,8 +185,10 @@ def test_wide_classes_get_a_file_of_their_own(tmp_path: Path) -> None:
     assert verify(tmp_path / "teacher").ok
 
 
-@pytest.mark.parametrize("settings", [{"classes": ["\udcff", "b"]}, {"classes": 2, "provenance": {"name": "\udcff.npz"}}])
+@pytest.mark.parametrize(
+    "settings", [{"classes": ["\udcff", "b"]}, {"classes": 2, "provenance": {"name": "\udcff.npz"}}]
+)
 def test_names_that_are_no_text_are_refused_before_anything_is_written(tmp_path: Path, settings: Any) -> None:
-    with pytest.raises(UsageError, match="not Unicode text|no text"):
+    with pytest.raises(UsageError, match=r"not Unicode text|no text"):
         Writer(tmp_path / "teacher", **settings)
     assert not (tmp_path / "teacher").exists()
