@@ -4,8 +4,8 @@
 
 CIFAR_FOLDER holds `train/CLASS/*` and `test/CLASS/*`. The training images are cut in two halves by the parity of their
 number: the teacher learns the first, the students a subset of the second, which the teacher never saw. All students
-are one network, start from the same weights, see the same rows in the same order (for each seed) and take the same number
-of steps; only views and targets differ:
+are one network, start from the same weights, see the same rows in the same order (for each seed) and take the same
+number of steps; only views and targets differ:
 
     K=1, 2, 4, 8    cached rows of K views, view e mod K in epoch e, crop and flip replayed
     live            a fresh view each epoch, the teacher run on it
@@ -204,9 +204,20 @@ def main() -> None:
     data = load(train, half=1, limit=options.rows)
     cache_path = options.out / "cache"
     kdcache.precompute(
-        teacher, data, cache_path, transform=normalised, augment=AUGMENT, views=VIEWS, seed=SEED, teacher_saw="no", threads=1
+        teacher,
+        data,
+        cache_path,
+        transform=normalised,
+        augment=AUGMENT,
+        views=VIEWS,
+        seed=SEED,
+        teacher_saw="no",
+        threads=1,
     )
-    facts = {"teacher": accuracy(teacher, test), "bytes_a_view": sum(p.stat().st_size for p in cache_path.rglob("*.h5")) / VIEWS / len(data)}
+    facts = {
+        "teacher": accuracy(teacher, test),
+        "bytes_a_view": sum(p.stat().st_size for p in cache_path.rglob("*.h5")) / VIEWS / len(data),
+    }
     print(json.dumps(facts), flush=True)
     log = options.out / "runs.jsonl"
     runs = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
