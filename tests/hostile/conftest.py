@@ -37,6 +37,7 @@ def knock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., di
         return answer
 
     yield ask
+    server.stdin.write("\n")
     server.stdin.close()
     assert server.wait(60) == 0
     server.stdout.close()

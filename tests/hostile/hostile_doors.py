@@ -246,7 +246,10 @@ def _child(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def serve() -> None:
-    """Forks a child for each request and prints what it found; a child that is killed is told by its signal."""
+    """Forks a child for each request and prints what it found; a child that is killed is told by its signal.
+
+    Until an empty line: the end of the file may be long in coming, since other children of the asker hold the pipe.
+    """
     for module in (
         "hostile_base",
         "kdcache.store.cache",
@@ -259,6 +262,8 @@ def serve() -> None:
         importlib.import_module(f"kdcache_cli.{command}")
     gc.freeze()  # what was imported is not looked at again, so that children share its pages
     for line in sys.stdin:
+        if not line.strip():
+            break
         inlet, outlet = os.pipe()
         child = os.fork()
         if child == 0:
