@@ -195,10 +195,10 @@ def test_a_power_cut_loses_nothing_that_was_committed(
     case, rng = Case(job, tmp_path), random.Random(job.name)
     kept = lost = cuts = 0
     tape = case.record()
-    for _ in range(count(4, 120)):
+    for _ in range(count(4, 200)):
         found = case.cut_and_go_on(tape, rng)
         kept, lost, cuts = kept + found[0], lost + found[1], cuts + 1
-    assert cuts >= count(4, 120)
+    assert cuts >= count(4, 200)
     assert (kept and lost) or cuts < 100
     proved("R3", power_cuts=cuts, changes_lost=lost, changes_kept=kept)
 
