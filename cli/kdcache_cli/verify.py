@@ -8,6 +8,7 @@ import click
 
 import kdcache
 from kdcache.errors import UsageError
+from kdcache.format.identity import as_root
 from kdcache.stages.choices import AMP
 from kdcache_cli.command import define
 from kdcache_cli.output import emit
@@ -61,7 +62,7 @@ def command(
         raise UsageError("--teacher needs --data: the teacher runs on the rows of the data set")
     if augment is not None and data is None:
         raise UsageError("--augment needs --data: it is the pipeline through which the data set's items go")
-    report = kdcache.verify(cache, expect_root=expect_root.strip().lower() if expect_root else None)
+    report = kdcache.verify(cache, expect_root=None if expect_root is None else as_root(expect_root))
     result = report.to_json()
     if data is None or not report.ok:
         emit(result, as_json=as_json)

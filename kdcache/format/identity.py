@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from kdcache.errors import DataError
+from kdcache.errors import DataError, UsageError
 
 MAX_ID_BYTES = 1024
 
@@ -140,6 +140,20 @@ def fingerprint(value: Any) -> str:
 def names_sha256(names: Iterable[str]) -> str:
     """sha256 (hex) of the ordered class names."""
     return fingerprint(list(names))
+
+
+def as_root(text: str) -> str:
+    """A root hash as somebody typed or sent it, in the form that caches have.
+
+    Raises:
+        UsageError: not 64 hexadecimal digits; an empty text would otherwise pass as "no check".
+    """
+    root = text.strip().lower()
+    if len(root) != 64 or set(root) - set("0123456789abcdef"):
+        raise UsageError(
+            f"--expect-root {text!r:.80} is no root hash: expected 64 hexadecimal digits, as `kdcache inspect` prints"
+        )
+    return root
 
 
 def ids_sha256(sample_ids: np.ndarray) -> str:

@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from kdcache.errors import InterruptedRunError, KDCacheError, UsageError
+from kdcache.format.identity import as_root
 from kdcache.stages import checkpoint
 from kdcache.stages.amp import grad_scaler
 from kdcache.stages.devices import torch_threads
@@ -123,7 +124,7 @@ def distill(
             missing=options.missing,
             name="training",
             settings=settings,
-            expect_root=options.expect_root,
+            expect_root=None if options.expect_root is None else as_root(options.expect_root),
         )
         held_out = None
         if val is not None or options.val is not None:

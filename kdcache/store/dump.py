@@ -47,6 +47,7 @@ class DumpFolder:
         self.plan = plan
         self._merged = merged
         self._locks = lock_file(folder)
+        self._predecessor: str | None = None  # as the manifest had it that is written again
         self._grown_from: tuple[tuple[int, int], str] | None = None  # the manifest to replace: which file, and its root
 
     @property
@@ -175,7 +176,7 @@ class DumpFolder:
                 provenance=self.plan.provenance,
                 shards=tuple(records),
                 created=utc_now(),
-                predecessor=None if self._grown_from is None else self._grown_from[1],
+                predecessor=self._predecessor if self._grown_from is None else self._grown_from[1],
             ).sealed()
             parse_manifest(manifest.dump(), where=str(self.manifest_path))  # never publish what we would refuse
             names = self.plan.classes.own_file
@@ -303,6 +304,7 @@ class DumpFolder:
         whole = [record for record in manifest.shards if self._is_whole(record)]
         if len(whole) == len(manifest.shards):
             return
+        self._predecessor = manifest.predecessor
         for record in whole:
             self._write_record(record)
         posix.write_file(self.folder / PLAN, self.plan.dump(), replace=True)

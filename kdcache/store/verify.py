@@ -28,6 +28,7 @@ from kdcache.store.parts import Catalog, Part, read_catalog, refuse_hole
 from kdcache.store.scan import checked_blocks
 
 _BLOCK_BYTES = 8 << 20
+AGAIN = "it is damaged: fetch it again, or remove it and run the dump's command again, which makes it anew"
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,7 @@ def _check_shard_file(
     if header_digest(read, part.arrays, size) != record.header_blake2b:
         raise CorruptCacheError(f"{part.path}: bytes outside the payload differ from the manifest's digest")
     if file_sha256(read, size) != record.sha256:
-        raise CorruptCacheError(f"{part.path}: its sha256 is not the manifest's")
+        raise CorruptCacheError(f"{part.path}: its sha256 is not the manifest's; {AGAIN}")
     _check_slack(read, size, parsed, name=str(part.path))
 
 

@@ -42,6 +42,8 @@ def test_a_cache_with_another_root_hash(toy: Any) -> None:
     for cache in (toy.cache, open_cache(toy.cache)):
         with pytest.raises(MismatchError, match=rf"has the root hash {root}, expected {root[::-1]}"):
             distill(other, data=toy.data, cache=cache)
+    with pytest.raises(UsageError, match=r"--expect-root '' is no root hash"):
+        distill(replace(OPTIONS, expect_root=""), data=toy.data, cache=toy.cache)
     with pytest.raises(UsageError, match="--expect-root without --cache"):
         distill(replace(other, alpha=0.0), data=toy.data)
 

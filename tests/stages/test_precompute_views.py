@@ -178,6 +178,13 @@ def test_views_are_added_to_a_finished_folder_and_nothing_else_is_touched(teache
     assert not report.unlisted
 
 
+def test_a_grown_folder_that_lost_a_shard_is_made_whole_with_the_same_root(teacher: nn.Module, tmp_path: Path) -> None:
+    dump(teacher, tmp_path / "teacher", views=1)
+    root = dump(teacher, tmp_path / "teacher").root
+    (tmp_path / "teacher" / "shards" / "v001-00001.h5").unlink()
+    assert dump(teacher, tmp_path / "teacher").root == root
+
+
 def test_fewer_views_than_there_are_leave_nothing_to_do(teacher: nn.Module, tmp_path: Path) -> None:
     for name in ("teacher", "teacher.h5"):
         root = dump(teacher, tmp_path / name).root
