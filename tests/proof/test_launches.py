@@ -40,7 +40,10 @@ def test_launches_of_one_plan_compute_each_shard_once_and_write_one_manifest(
     from launch_runs import share
 
     rounds = count(2, 25)
-    tally = share(dumps, tmp_path / "shared", finished, launches=launches, rounds=rounds)
+    for attempt in range(10):  # on a busy machine one launch may do all of two rounds before the others have begun
+        tally = share(dumps, tmp_path / f"shared{attempt}", finished, launches=launches, rounds=rounds)
+        if tally["shared"]:
+            break
     assert tally["rounds"] == rounds
     assert tally["shared"] > 0
     assert tally["kills"] == rounds // 2
