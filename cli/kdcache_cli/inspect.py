@@ -23,6 +23,7 @@ def command(cache: Path, as_json: bool) -> None:
     if not as_json:
         views = summary["views"]
         summary["views"] = f"{len(views)} (number {', '.join(map(str, views))})"
-        if not summary["absent_views"]:
-            del summary["absent_views"]
+        for name in ("absent_views", "extents"):
+            if not summary[name]:
+                del summary[name]
     emit(summary, as_json=as_json)

@@ -50,11 +50,26 @@ def done_text(result: Mapping[str, Any]) -> str:
         if result["computed"]
         else "computed here: nothing, all of it was there",
     ]
+    if result["growth"] is not None:
+        lines.append(growth_text(result["growth"]))
     if result["finished"]:
         lines.append(f"root hash: {result['root']}")
     else:
         lines.append("not finished: the shards of this process are done, others (--shard) are not")
     return "\n".join(lines)
+
+
+def growth_text(growth: Mapping[str, Any]) -> str:
+    """What came to a cache, and labels that changed meanwhile, for people."""
+    text = f"added {growth['samples_added']:,} samples to the {growth['samples_before']:,} that were there"
+    if not growth["labels_changed"]:
+        return text
+    more = ", ..." if growth["labels_changed"] > len(growth["changed_ids"]) else ""
+    return (
+        f"{text}\nlabels changed: {growth['labels_changed']:,} of the {growth['labels_compared']:,} compared "
+        f"({', '.join(growth['changed_ids'])}{more}). The cache keeps the labels that it has, and a student is not given "
+        "these samples while the two differ; --overwrite makes a dump with the new labels"
+    )
 
 
 def cost_text(result: Mapping[str, Any]) -> str:

@@ -18,6 +18,7 @@ from kdcache.format.arrays import ArrayLayout
 from kdcache.format.identity import canonical_json, fingerprint
 from kdcache.format.schema import FORMAT_VERSION, MAX_ROWS, MAX_VIEWS, RowSchema, schema_from_json
 from kdcache.format.strict_json import load_json
+from kdcache.format.tiling import Tiling, extents_from_json
 
 CLASSES_FILE = "classes.json"
 MAX_INLINE_NAMES_BYTES = 65_536
@@ -122,7 +123,10 @@ class ShardRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A folder cache as a whole; `shards` are ordered by (view, start)."""
+    """A folder cache as a whole; `shards` are ordered by (view, start).
+
+    `extents` are the sample counts at which it was finished, where it grew since (see `tiling`).
+    """
 
     schema: RowSchema
     classes: ClassList
@@ -133,6 +137,7 @@ class Manifest:
     shards: tuple[ShardRecord, ...]
     created: str | None = None
     predecessor: str | None = None
+    extents: tuple[int, ...] = ()
     root: str = field(default="", compare=False)
 
     def _body(self) -> dict[str, Any]:
@@ -144,6 +149,7 @@ class Manifest:
             "samples": self.samples,
             "views": list(self.views),
             "shard_rows": self.shard_rows,
+            **({"extents": list(self.extents)} if self.extents else {}),
             "provenance": self.provenance,
             "predecessor": self.predecessor,
             "shards": [s.to_json() for s in self.shards],
@@ -188,7 +194,8 @@ def parse_manifest(text: bytes, *, where: str) -> Manifest:
     if not isinstance(shards, list) or len(shards) > MAX_SHARDS:
         raise CorruptCacheError(f"{where}: shards must be a list of at most {MAX_SHARDS}")
     records = tuple(parse_shard(s, schema, where=f"{where}, shard {i}") for i, s in enumerate(shards))
-    _check_ranges(records, tuple(views), samples, shard_rows, where=where)
+    extents = extents_from_json(value.get("extents"), samples, where=where)
+    _check_ranges(records, tuple(views), Tiling(shard_rows, extents or (samples,)), where=where)
     provenance = parse_provenance(value.get("provenance"), where=where)
     created, predecessor = value.get("created"), value.get("predecessor")
     if created is not None and not (isinstance(created, str) and _DATE.fullmatch(created)):
@@ -197,7 +204,17 @@ def parse_manifest(text: bytes, *, where: str) -> Manifest:
         raise CorruptCacheError(f"{where}: predecessor must be a root hash")
     classes = parse_classes(value.get("classes"), schema, where=where)
     return Manifest(
-        schema, classes, samples, tuple(views), shard_rows, provenance, records, created, predecessor, value["root"]
+        schema=schema,
+        classes=classes,
+        samples=samples,
+        views=tuple(views),
+        shard_rows=shard_rows,
+        provenance=provenance,
+        shards=records,
+        created=created,
+        predecessor=predecessor,
+        extents=extents,
+        root=value["root"],
     )
 
 
@@ -321,10 +338,9 @@ def _is_shape(value: list[Any]) -> bool:
     return {int} == set(map(type, value)) and min(value) >= 0 and max(value) < 2**48
 
 
-def _check_ranges(
-    records: tuple[ShardRecord, ...], views: tuple[int, ...], samples: int, shard_rows: int, *, where: str
-) -> None:
-    """Every view's shards must tile [0, samples) in order, all but the last with `shard_rows`, with no name twice."""
+def _check_ranges(records: tuple[ShardRecord, ...], views: tuple[int, ...], tiling: Tiling, *, where: str) -> None:
+    """Every view's shards must tile [0, samples) in order, as `tiling` cuts them, with no name twice."""
+    samples = tiling.extents[-1]
     if len({r.file for r in records}) != len(records):
         raise CorruptCacheError(f"{where}: a shard is listed twice")
     expected = {v: 0 for v in views}
@@ -336,8 +352,12 @@ def _check_ranges(
                 f"{where}: shard {record.file} starts at sample {record.start} of view {record.view}, "
                 f"expected {expected.get(record.view)}"
             )
-        if record.stop != min(record.start + shard_rows, samples):
-            raise CorruptCacheError(f"{where}: shard {record.file} has {record.rows} rows, shards have {shard_rows}")
+        stop = tiling.stop_of(record.start) if record.start < samples else samples
+        if record.stop != stop:
+            raise CorruptCacheError(
+                f"{where}: shard {record.file} ends at sample {record.stop - 1}, expected {stop - 1} (shards have "
+                f"{tiling.shard_rows} rows)"
+            )
         expected[record.view] = record.stop
     for view, stop in expected.items():
         if stop != samples:

@@ -52,8 +52,7 @@ def asked_plan(options: PrecomputeOptions, found: Occupant) -> dict[str, Any]:
 
     Args:
         options: of the command.
-        found: the dump to compare with: how many rows `limit` leaves is known only for data of its size, and other
-            data is refused anyway.
+        found: the dump to compare with: whether it has more rows than `limit` leaves is known without the data.
     """
     precision: dict[str, Any] = {"amp": options.amp, "batch_size": options.batch_size}
     if options.threads is not None:
@@ -67,9 +66,9 @@ def asked_plan(options: PrecomputeOptions, found: Occupant) -> dict[str, Any]:
         "precision": precision,
         "versions": versions(),
     }
-    rows = found.field("provenance", "data", "rows")
-    if type(rows) is int:
-        provenance["data"] = {"dumped": rows if options.limit is None else min(rows, options.limit)}
+    samples = found.field("samples")
+    if type(samples) is int and options.limit is not None and options.limit < samples:
+        provenance["data"] = {"dumped": options.limit}
     if options.teacher is not None:
         provenance["teacher"] = {
             "spec": recorded_spec(options.teacher),

@@ -21,12 +21,13 @@ from kdcache.stages.calling import call_model, move_to_device
 from kdcache.stages.data import LoadedData
 from kdcache.stages.devices import pick_device
 from kdcache.stages.dump_feed import DumpItems, Fed, collate
+from kdcache.stages.growth import StoredOrder
 from kdcache.stages.precompute_options import PrecomputeOptions
 from kdcache.stages.preflight import existing_folder
 from kdcache.stages.teachers import LoadedTeacher
 from kdcache.store.incoming import plain_provenance
 from kdcache.store.occupant import occupant
-from kdcache.store.plan import Plan, default_shard_rows
+from kdcache.store.plan import Plan, default_shard_rows, same_source
 from kdcache.store.versions import versions
 from kdcache.train.replay import Replay
 
@@ -44,13 +45,19 @@ class Job:
 
 
 def early_checks(
-    out: Path, data: LoadedData, sample_ids: np.ndarray, replay: Replay | None, options: PrecomputeOptions
+    out: Path,
+    data: LoadedData,
+    sample_ids: np.ndarray,
+    replay: Replay | None,
+    order: StoredOrder | None,
+    options: PrecomputeOptions,
 ) -> PrecomputeOptions:
     """What can be refused before the teacher is loaded, when `asked_plan.check_path` has nothing against it.
 
     Returns:
-        The options, with the number of threads of the dump that is to be resumed where none was asked for:
-        under torchrun the default is 1, alone it is the number of cores.
+        The options, with what the dump that goes on has where nothing else was asked for: the number of threads (under
+        torchrun the default is 1, alone it is the number of cores), the rows of a shard, and where samples come to it
+        its views.
 
     Raises:
         MismatchError: `out` holds the dump of other data, or another precision.
@@ -60,6 +67,11 @@ def early_checks(
     if options.threads is None:
         there = None if found is None else found.field("provenance", "precision", "threads")
         options = replace(options, threads=there if type(there) is int else torch.get_num_threads())
+    if found is not None and found.is_stored and options.shard_rows is None:
+        options = replace(options, shard_rows=found.field("shard_rows"))
+    grows = order is not None and order.grows
+    if order is not None and grows and order.views[: options.views] == tuple(range(options.views)):
+        options = replace(options, views=max(options.views, len(order.views)))
     if found is not None:
         known: dict[str, Any] = {
             "id": id_dtype_of(sample_ids),
@@ -72,6 +84,9 @@ def early_checks(
         }
         if replay is not None:
             known["provenance"]["views"] = replay.describe()
+        if grows:
+            del known["samples"]
+            known["provenance"]["data"] = same_source(known["provenance"])
         found.refuse_other(known)
     if (found is None or not found.is_stored) and not os.access(existing_folder(out), os.W_OK):
         raise StorageError(f"{out} cannot be written: no permission in {existing_folder(out)}; choose another --out")
@@ -83,6 +98,7 @@ def make_job(
     data: LoadedData,
     sample_ids: np.ndarray,
     replay: Replay | None,
+    order: StoredOrder | None,
     options: PrecomputeOptions,
 ) -> Job:
     """Runs the teacher on one batch to learn what it returns, and writes the plan down.
@@ -124,6 +140,7 @@ def make_job(
         samples=len(sample_ids),
         provenance=provenance,
         views=tuple(range(options.views)),
+        extents=() if order is None else order.extents,
     )
     return Job(plan, teacher, items, sample_ids, device, options)
 

@@ -26,6 +26,7 @@ from kdcache.stages.dump_feed import Claim, ShardBatches, batches, worker_deaths
 from kdcache.stages.dump_plan import Job, check_logits, early_checks, forward, limited_ids, make_job
 from kdcache.stages.dump_sink import EncodedBatch, ShardSink, to_host
 from kdcache.stages.dump_views import check_pipeline, pipeline_of_dump
+from kdcache.stages.growth import Growth, compare_stored, in_order, stored_order
 from kdcache.stages.loaded_data import check_unique_ids
 from kdcache.stages.precompute_inputs import data_of, target_of, teacher_of
 from kdcache.stages.precompute_options import PrecomputeOptions, options_of, share_of
@@ -62,6 +63,7 @@ class PrecomputeResult:
         seconds: it took.
         rows_per_second: computed rows a second.
         bytes: of the whole dump.
+        growth: where the data set grew since an earlier dump, what came to it, and labels that changed meanwhile.
     """
 
     path: str
@@ -71,6 +73,7 @@ class PrecomputeResult:
     seconds: float
     rows_per_second: float
     bytes: int
+    growth: Growth | None = None
 
     @property
     def finished(self) -> bool:
@@ -129,18 +132,22 @@ def precompute(
         check_unique_ids(ids, name=data.name)
         ids = limited_ids(ids, options.limit)
         replay = pipeline_of_dump(augment, options)
-        options = early_checks(target, data, ids, replay, options)
+        order = stored_order(target, ids, overwrite=options.overwrite)
+        if order is not None:
+            data, ids = in_order(data, ids, order)
+        options = early_checks(target, data, ids, replay, order, options)
         if replay is not None:
             check_pipeline(replay, data.dataset, ids, options.views)
+        growth = compare_stored(target, data, ids, replay, order) if order is not None and order.grows else None
         if not options.dry_run:
-            check_space(target, least_plan(target, data, ids, options), overwrite=options.overwrite)
+            check_space(target, least_plan(target, data, ids, order, options), overwrite=options.overwrite)
         _check_stop(stop)
         with torch_threads(options.threads), teacher_of(model, transform, options) as teacher:
             _check_stop(stop)
-            job = make_job(teacher, data, ids, replay, options)
+            job = make_job(teacher, data, ids, replay, order, options)
             if options.dry_run:
                 return measure(job, target)
-            return _dump(job, target, stop)
+            return replace(_dump(job, target, stop), growth=growth)
 
 
 def _dump(job: Job, out: Path, stop: StopRequest) -> PrecomputeResult:

@@ -12,6 +12,7 @@ import os
 import shutil
 import stat
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from kdcache.format.headers import shard_header
 from kdcache.format.manifest import ClassList
 from kdcache.format.schema import RowSchema
 from kdcache.format.strict_json import MAX_JSON_BYTES
+from kdcache.stages.growth import StoredOrder
 from kdcache.stages.loaded_data import LoadedData
 from kdcache.stages.precompute_options import PrecomputeOptions
 from kdcache.store import posix
@@ -67,15 +69,20 @@ def check_space(out: Path, plan: Plan, *, overwrite: bool = False) -> None:
         raise StorageError(refusal)
 
 
-def least_plan(out: Path, data: LoadedData, sample_ids: np.ndarray, options: PrecomputeOptions) -> Plan:
+def least_plan(
+    out: Path, data: LoadedData, sample_ids: np.ndarray, order: StoredOrder | None, options: PrecomputeOptions
+) -> Plan:
     """The plan of a dump as far as it is known without its teacher.
 
     Its classes are those of the dump at `out` that goes on, else those that the data set declares, else one; its
     other facts are left out: they change no size by more than the length of a header.
     """
     folder, _ = dump_folder_of(out)
+    views = tuple(range(options.views))
     if not options.overwrite and (found := _plan_there(folder)) is not None:
-        return found
+        if order is None or not order.grows:
+            return found if len(found.views) >= len(views) else replace(found, views=views)
+        return replace(found, samples=len(sample_ids), extents=order.extents, views=views)
     shape = (max(1, data.num_classes or 1),)
     id_dtype = "<i8" if sample_ids.dtype.kind == "i" else f"|S{sample_ids.dtype.itemsize}"
     schema = RowSchema(Encoding(options.dtype, shape), id_dtype, has_labels=bool(data.num_classes), has_digests=True)
@@ -85,7 +92,7 @@ def least_plan(out: Path, data: LoadedData, sample_ids: np.ndarray, options: Pre
         shard_rows=options.shard_rows or default_shard_rows(schema.row_bytes),
         samples=len(sample_ids),
         provenance={},
-        views=tuple(range(options.views)),
+        views=views,
     )
 
 

@@ -47,8 +47,7 @@ class DumpFolder:
         self.plan = plan
         self._merged = merged
         self._locks = lock_file(folder)
-        self._predecessor: str | None = None  # as the manifest had it that is written again
-        self._grown_from: tuple[tuple[int, int], str] | None = None  # the manifest to replace: which file, and its root
+        self._replaces: tuple[tuple[int, int], str | None] | None = None  # a manifest: which file, and what to name
 
     @property
     def manifest_path(self) -> Path:
@@ -59,10 +58,10 @@ class DumpFolder:
     def finished(self) -> bool:
         """Whether the manifest is there, or another process has made the one file and cleared the folder away.
 
-        While views are added the old manifest is there; then, whether another one has taken its place.
+        Where a finished folder is added to the old manifest is there; then, whether another one has taken its place.
         """
         if posix.exists(self.manifest_path):
-            return self._grown_from is None or self._manifest_identity() != self._grown_from[0]
+            return self._replaces is None or self._manifest_identity() != self._replaces[0]
         return self._merged is not None and posix.exists(self._merged)
 
     def record(self, view: int, index: int) -> ShardRecord | None:
@@ -76,11 +75,20 @@ class DumpFolder:
         record = parse_shard(load_sealed(text, where=str(path), advice=again), self.plan.schema, where=str(path))
         if (record.file, record.view) != (shard_name(view, index), view):
             raise CorruptCacheError(f"{path}: the record of another shard, {record.file}; {again}")
-        start, limit = index * self.plan.shard_rows, self.plan.shard_rows
-        if record.start != start or record.rows > limit:
+        start, stop = self._span(index)
+        if record.start != start or record.stop > stop or (self.plan.samples is not None and record.stop != stop):
             found = f"samples {record.start} to {record.stop - 1}"
-            raise CorruptCacheError(f"{path}: {found}, expected at most {limit} from sample {start} on; {again}")
+            at_most = "at most " if self.plan.samples is None else ""
+            raise CorruptCacheError(
+                f"{path}: {found}, expected {at_most}{stop - start} from sample {start} on; {again}"
+            )
         return record if self._is_whole(record) else None
+
+    def _span(self, index: int) -> tuple[int, int]:
+        """Samples [start, stop) of shard `index` of a view; of a `Writer`'s the last may have fewer."""
+        if self.plan.samples is None:
+            return index * self.plan.shard_rows, (index + 1) * self.plan.shard_rows
+        return self.plan.tiling.span(index)
 
     def claim(self, view: int, index: int) -> bool:
         """Takes the lock of a shard that nobody has committed; False if it is done or in other hands."""
@@ -176,13 +184,14 @@ class DumpFolder:
                 provenance=self.plan.provenance,
                 shards=tuple(records),
                 created=utc_now(),
-                predecessor=self._predecessor if self._grown_from is None else self._grown_from[1],
+                predecessor=None if self._replaces is None else self._replaces[1],
+                extents=self.plan.extents,
             ).sealed()
             parse_manifest(manifest.dump(), where=str(self.manifest_path))  # never publish what we would refuse
             names = self.plan.classes.own_file
             if names is not None:
                 posix.write_file(self.folder / CLASSES_FILE, names, replace=True)
-            posix.write_file(self.manifest_path, manifest.dump(), replace=self._grown_from is not None)
+            posix.write_file(self.manifest_path, manifest.dump(), replace=self._replaces is not None)
             self._clear()
             return manifest
 
@@ -239,32 +248,47 @@ class DumpFolder:
         with posix.translated("write", self.manifest_path):
             posix.fsync_folder(self.folder)  # whoever wrote it may have been killed before this
         if extends(self.plan, found):
-            self._grow(manifest, where)
+            self._replace(manifest, manifest.root, where)
         elif not extends(found, self.plan):  # else it holds these views and more: nothing is left to do
             require_same_plan(found, self.plan, where=where, holder=holder)
             under_way = self._plan_there()
-            if under_way is None or not extends(under_way, found):
+            if under_way is not None and extends(under_way, found):
+                return  # other processes add to it
+            is_healed = under_way is not None and under_way.to_json() == self.plan.to_json()
+            if self.plan.samples is not None and (is_healed or not all(map(self._is_whole, manifest.shards))):
+                self._replace(manifest, manifest.predecessor, where)
+            else:
                 self._clear()  # what a process that was killed right after it wrote the manifest left behind
-                if self.plan.samples is not None:
-                    self._reopen(manifest)
 
-    def _grow(self, manifest: Manifest, where: str) -> None:
-        """Joins or begins a dump of further views of a finished folder; its manifest stays until they are all there.
+    def _replace(self, manifest: Manifest, predecessor: str | None, where: str) -> None:
+        """Joins or begins a dump of what a finished folder lacks; its manifest stays until all of that is there.
 
-        Shards that are there get their records back and are not touched.
+        That is views, samples, or shards that are gone. Those that are there get their records back and stay.
+
+        Args:
+            manifest: of the folder.
+            predecessor: what the manifest that replaces it names as its own.
+            where: for messages.
         """
         there = self._plan_there()
-        if there is not None and there.to_json() != self.plan.to_json():
-            if not self._locks.try_lock(PRESENT):
+        if there is None or there.to_json() != self.plan.to_json():
+            if there is not None and not self._locks.try_lock(PRESENT):
                 require_same_plan(there, self.plan, where=where, holder=self._locks.holder(PRESENT))
-            if not extends(self.plan, there):  # what was begun, and more, may replace it: no shard is lost
-                there = None
-        for record in manifest.shards:
-            if self._is_whole(record):
-                self._write_record(record)
-        if there is None or there.views != self.plan.views:
+            if there is None or not (extends(self.plan, there) or there.provenance == self.plan.provenance):
+                self._drop_records()  # of other data, whose samples stand at other positions
+        for record in filter(self._is_whole, manifest.shards):
+            self._write_record(record)
+        if there is None or there.to_json() != self.plan.to_json():
             posix.write_file(self.folder / PLAN, self.plan.dump(), replace=True)
-        self._grown_from = self._manifest_identity(), manifest.root
+        self._replaces = self._manifest_identity(), predecessor
+
+    def _drop_records(self) -> None:
+        """Shards without a record are done again; on the disk before the next plan is, lest it find them there."""
+        with posix.translated("clean", self.folder):
+            for name in posix.names_in(self.folder / SHARDS):
+                if name.endswith(".json"):
+                    posix.unlink(self.folder / SHARDS / name)
+            posix.fsync_folder(self.folder / SHARDS)
 
     def _plan_there(self) -> Plan | None:
         """The plan beside a manifest: of views that are being added, or a leftover, which may be anything."""
@@ -299,22 +323,10 @@ class DumpFolder:
             # Nothing was stored by that plan, and nobody is at work on it: a first try that failed.
             posix.write_file(path, self.plan.dump(), replace=True)
 
-    def _reopen(self, manifest: Manifest) -> None:
-        """Turns a finished folder whose shards are not all there back into a dump that lacks them."""
-        whole = [record for record in manifest.shards if self._is_whole(record)]
-        if len(whole) == len(manifest.shards):
-            return
-        self._predecessor = manifest.predecessor
-        for record in whole:
-            self._write_record(record)
-        posix.write_file(self.folder / PLAN, self.plan.dump(), replace=True)
-        with posix.translated("remove", self.manifest_path):
-            posix.unlink(self.manifest_path)
-            posix.fsync_folder(self.folder)
-
     def _write_record(self, record: ShardRecord) -> None:
         path = self.folder / SHARDS / f"{record.file[:-3]}.json"
-        posix.write_file(path, dump_sealed(record.to_json()), replace=True)
+        if not posix.exists(path):
+            posix.write_file(path, dump_sealed(record.to_json()), replace=True)
 
     def _is_whole(self, record: ShardRecord) -> bool:
         path = self.folder / SHARDS / record.file
@@ -324,10 +336,7 @@ class DumpFolder:
         return False
 
     def _clear(self) -> None:
-        with posix.translated("clean", self.folder):
-            for name in posix.names_in(self.folder / SHARDS):
-                if name.endswith(".json"):
-                    posix.unlink(self.folder / SHARDS / name)
+        self._drop_records()
         remove_temporaries(self.folder / SHARDS)
         remove_temporaries(self.folder)
         with posix.translated("clean", self.folder):

@@ -18,7 +18,8 @@ def describe(path: str | Path) -> dict[str, Any]:
         path: a folder or a one-file cache.
 
     Returns:
-        `kind`, `root`, `samples`, `views`, `absent_views` (of the dump; the folder holds no shard of them),
+        `kind`, `root`, `samples`, `extents` (numbers of samples at which it was finished, where it grew), `views`,
+        `absent_views` (of the dump; the folder holds no shard of them),
         `rows`, `classes`, `encoding`, `bytes` (on disk), `bytes_per_row` (`payload` of the encoding, `total` on
         disk), `shards`, `clamped` (None for one file, which does not say), `unlisted` (files in the folder that
         the manifest does not list), `provenance`, `created`.
@@ -36,6 +37,7 @@ def describe(path: str | Path) -> dict[str, Any]:
         "root": catalog.root,
         "format": 1,
         "samples": catalog.samples,
+        "extents": list(catalog.extents),
         "views": list(catalog.views),
         "absent_views": list(catalog.absent_views),
         "rows": rows,

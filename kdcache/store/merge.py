@@ -130,7 +130,15 @@ def _write_folder(
     if catalog.classes.names is None:  # a header has room for the hash of a long list alone, a manifest needs the names
         catalog = replace(catalog, classes=replace(catalog.classes, sha256=None))
     rows = catalog.shard_rows or default_shard_rows(catalog.schema.row_bytes)
-    plan = Plan(catalog.schema, catalog.classes, rows, catalog.samples, catalog.provenance, views)
+    plan = Plan(
+        schema=catalog.schema,
+        classes=catalog.classes,
+        shard_rows=rows,
+        samples=catalog.samples,
+        provenance=catalog.provenance,
+        views=views,
+        extents=catalog.extents,
+    )
     dump = open_dump(target, plan)
     try:
         dump.own()

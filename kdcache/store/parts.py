@@ -54,6 +54,7 @@ class Catalog:
     """What an opened cache consists of, before any row is read.
 
     `absent_views` are those of the dump of which the folder holds no shard at all: it is a smaller cache of the rest.
+    `extents` are the numbers of samples at which a folder was finished before it grew, and its own; else empty.
     """
 
     schema: RowSchema
@@ -70,6 +71,7 @@ class Catalog:
     header: FileHeader | None = None
     shard_rows: int | None = None
     absent_views: tuple[int, ...] = ()
+    extents: tuple[int, ...] = ()
 
     def with_views(self, views: tuple[int, ...]) -> Catalog:
         """The same with some of the views; those left out are not said to be absent."""
@@ -175,6 +177,7 @@ def _folder(path: Path) -> Catalog:
         created=manifest.created,
         shard_rows=manifest.shard_rows,
         absent_views=tuple(view for view in manifest.views if view not in here),
+        extents=manifest.extents,
     )
 
 

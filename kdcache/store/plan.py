@@ -7,6 +7,7 @@ another plan on the same folder is refused by the name of the field that differs
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NoReturn
 
 from kdcache.errors import CorruptCacheError, MismatchError, UsageError, printable
@@ -14,6 +15,7 @@ from kdcache.format.headers import FileHeader
 from kdcache.format.manifest import MAX_SHARDS, ClassList, Manifest, check_version, parse_classes, parse_provenance
 from kdcache.format.schema import FORMAT_VERSION, MAX_VIEWS, RowSchema, schema_from_json
 from kdcache.format.sealed import dump_sealed, load_sealed
+from kdcache.format.tiling import Tiling, extents_from_json
 
 KIND = "plan"
 DEFAULT_SHARD_BYTES = 256 << 20
@@ -21,19 +23,22 @@ MAX_SHARD_ROWS = 1 << 28  # libhdf5 counts through the chunks of a file that it 
 MAX_SHARD_BYTES = 1 << 43
 _ROW_GRID = 4096
 
+# Of the data's provenance, what is not changed by further samples.
+_OF_THE_SOURCE = ("name", "id_scheme", "inputs", "classes_sha256", "decoder", "digest_point")
 
 # What people call the fields of a plan.
 _HINTS = {
     "provenance.teacher.state_sha256": "the teacher's weights; a factory with random ones needs --weights",
     "provenance.teacher": "the teacher",
-    "provenance.data.dumped": "the number of samples, --limit",
+    "provenance.data.dumped": "the number of samples, --limit; a finished folder takes more of them, one file does not",
     "provenance.data.digest_point": "views with --augment, the items as they are without",
     "provenance.data": "the data set",
     "provenance.transform": "the teacher's transform",
     "provenance.views.augment": "--augment",
     "provenance.views.seed": "--seed",
     "provenance.views": "the pipeline that makes the views, --augment",
-    "views": "--views; further views are added to a folder, one file does not grow",
+    "views": "--views; one file does not grow: `kdcache merge` makes a folder of it, which does",
+    "samples": "the number of samples",
     "provenance.output_key": "--output-key",
     "provenance.precision.batch_size": "--batch-size",
     "provenance.precision.threads": "--threads",
@@ -57,7 +62,8 @@ def default_shard_rows(row_bytes: int) -> int:
 class Plan:
     """What is dumped, row by row, and how it is cut into shards.
 
-    `samples` is None where the number of rows is not known before the end (`kdcache.Writer`).
+    `samples` is None where the number of rows is not known before the end (`kdcache.Writer`). `extents` are the
+    numbers of samples at which it was finished before it grew, and the last is `samples`; empty where it never grew.
     `provenance` holds only what identifies the dump: no dates, no ranks.
     """
 
@@ -67,6 +73,7 @@ class Plan:
     samples: int | None
     provenance: dict[str, Any]
     views: tuple[int, ...] = (0,)
+    extents: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.shard_rows < 1:
@@ -80,18 +87,22 @@ class Plan:
         if self.samples is not None:
             check_shard_count(self.shard_count)
 
+    @cached_property
+    def tiling(self) -> Tiling:
+        """Which samples each shard holds."""
+        if self.samples is None:
+            raise UsageError("the number of shards is not known before the writer is closed")
+        return Tiling(self.shard_rows, self.extents or (self.samples,))
+
     @property
     def shards_per_view(self) -> int:
         """Number of shards of each view."""
-        if self.samples is None:
-            raise UsageError("the number of shards is not known before the writer is closed")
-        return -(-self.samples // self.shard_rows)
+        return self.tiling.count
 
-    def span(self, index: int) -> tuple[int, int, int]:
-        """(view, start, stop) of shard `index`, counted over all views, view by view."""
-        slot, part = divmod(index, self.shards_per_view)
-        start = part * self.shard_rows
-        return self.views[slot], start, min(start + self.shard_rows, self.samples or 0)
+    def span(self, number: int) -> tuple[int, int, int]:
+        """(view, start, stop) of a shard, counted over all views, view by view."""
+        slot, index = divmod(number, self.shards_per_view)
+        return self.views[slot], *self.tiling.span(index)
 
     @property
     def shard_count(self) -> int:
@@ -108,6 +119,7 @@ class Plan:
             "shard_rows": self.shard_rows,
             "samples": self.samples,
             "views": list(self.views),
+            **({"extents": list(self.extents)} if self.extents else {}),
             "provenance": self.provenance,
         }
 
@@ -145,16 +157,24 @@ def parse_plan(text: bytes, *, where: str) -> Plan:
     if views != sorted(set(views)):
         raise CorruptCacheError(f"{where}: views must ascend")
     provenance = parse_provenance(value.get("provenance"), where=where)
+    extents = extents_from_json(value.get("extents"), samples, where=where)
     try:
-        return Plan(schema, classes, int(shard_rows or 0), samples, provenance, tuple(views))
+        return Plan(schema, classes, int(shard_rows or 0), samples, provenance, tuple(views), extents)
     except UsageError as error:
         raise CorruptCacheError(f"{where}: {error}") from None
 
 
 def plan_of_manifest(manifest: Manifest, *, samples_known: bool) -> Plan:
     """The plan that a finished folder was made by."""
-    samples = manifest.samples if samples_known else None
-    return Plan(manifest.schema, manifest.classes, manifest.shard_rows, samples, manifest.provenance, manifest.views)
+    return Plan(
+        schema=manifest.schema,
+        classes=manifest.classes,
+        shard_rows=manifest.shard_rows,
+        samples=manifest.samples if samples_known else None,
+        provenance=manifest.provenance,
+        views=manifest.views,
+        extents=manifest.extents if samples_known else (),
+    )
 
 
 def require_same_plan(found: Plan, wanted: Plan, *, where: str, holder: int | None = None) -> None:
@@ -175,11 +195,27 @@ def require_same_plan(found: Plan, wanted: Plan, *, where: str, holder: int | No
 
 
 def extends(longer: Plan, shorter: Plan) -> bool:
-    """Whether two plans differ in nothing but that the first has further views behind those of the second."""
-    count = len(shorter.views)
-    if len(longer.views) <= count or longer.views[:count] != shorter.views:
+    """Whether two plans differ in nothing but that the first has further views or samples behind those of the second.
+
+    What identifies the data is another thing where samples came to it, but for what `same_source` names.
+    """
+    more_views = longer.views != shorter.views
+    more_samples = shorter.samples is not None and longer.samples is not None and longer.tiling.extends(shorter.tiling)
+    if longer.views[: len(shorter.views)] != shorter.views or not (more_views or more_samples):
         return False
-    return first_difference(replace(longer, views=shorter.views).to_json(), shorter.to_json()) is None
+    alike = replace(longer, views=shorter.views)
+    if more_samples:
+        if same_source(longer.provenance) != same_source(shorter.provenance):
+            return False
+        provenance = {**longer.provenance, "data": shorter.provenance.get("data")}
+        alike = replace(alike, samples=shorter.samples, extents=shorter.extents, provenance=provenance)
+    return first_difference(alike.to_json(), shorter.to_json()) is None
+
+
+def same_source(provenance: dict[str, Any]) -> dict[str, Any]:
+    """What stays the same of the data's provenance when samples come to it."""
+    data = provenance.get("data")
+    return {name: data.get(name) for name in _OF_THE_SOURCE} if isinstance(data, dict) else {}
 
 
 def require_same_file(found: FileHeader, wanted: Plan, *, where: str) -> None:

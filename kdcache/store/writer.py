@@ -36,10 +36,11 @@ from kdcache.store.incoming import (
 )
 from kdcache.store.locks import FINISH
 from kdcache.store.merge import merge
-from kdcache.store.parts import open_part, part_of, read_catalog
+from kdcache.store.parts import read_catalog
 from kdcache.store.plan import Plan, default_shard_rows, parse_plan, plan_of_manifest, require_same_file
 from kdcache.store.removal import clear_parts, refuse_foreign, remove_dump, remove_empty, remove_one_file
 from kdcache.store.shards import ContainerWriter, remove_temporaries
+from kdcache.store.stored_ids import read_ids
 from kdcache.store.versions import versions
 
 _ID_ROUND = 16
@@ -259,7 +260,7 @@ class Writer:
                     dump.discard(0, len(self._records))
                     break
                 self._records.append(record)
-            self._done = read_ids(dump, self._records)
+            self._done = read_ids(self._folder, self._records)
             self._seen = set(self._done.tolist())
         except BaseException:
             _give_back(dump)
@@ -383,18 +384,3 @@ def _give_back(dump: DumpFolder) -> None:
         dump.disown()
     finally:
         dump.leave()
-
-
-def read_ids(dump: DumpFolder, records: list[ShardRecord]) -> np.ndarray:
-    """(n,) sample ids of committed shards, each compared with its record first: a wrong id would lose a sample."""
-    pieces = []
-    for record in records:
-        part = part_of(record, dump.folder)
-        fd = open_part(part)
-        try:
-            layout = record.arrays["sample_id"]
-            raw = posix.read_exactly(fd, layout.offset, layout.nbytes, part.path)
-        finally:
-            posix.close_reader(fd)
-        pieces.append(np.frombuffer(raw, layout.dtype))
-    return np.concatenate(pieces) if pieces else np.empty(0, np.int64)

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import kdcache
-from kdcache.stages.models import CNN
+from kdcache.stages.models import CNN, CNN_WIDTHS
 from kdcache.train.losses import kd_loss
 from kdcache.train.viewed import ViewedItems
 
@@ -82,10 +82,15 @@ def view_of(items: ViewedItems, indices: np.ndarray, view: int) -> Tensor:
     return torch.stack([seen.item[0] for seen in items.load(indices.tolist(), [view] * len(indices))])
 
 
-def train_teacher(data: Images, path: Path, *, epochs: int) -> nn.Module:
+def network(size: str, seed: int) -> nn.Module:
+    """A network for CIFAR-10 with the weights that `seed` draws."""
+    torch.manual_seed(seed)
+    return CNN(size, in_channels=3, num_classes=10, pixels=32)
+
+
+def train_teacher(size: str, data: Images, path: Path, *, epochs: int) -> nn.Module:
     """The larger network on its own half, with fresh views; kept in `path`."""
-    torch.manual_seed(0)
-    net = CNN("SMALL", in_channels=3, num_classes=10, pixels=32)
+    net = network(size, 0)
     if path.exists():
         net.load_state_dict(torch.load(path, weights_only=True))
         return net.eval()
@@ -125,15 +130,15 @@ def accuracy(net: nn.Module, data: Images) -> float:
     return right / len(data)
 
 
-def run(arm: str, seed: int, *, data: Images, test: Images, teacher: nn.Module, cache_path: Path, epochs: int) -> dict:
+def run(
+    arm: str, seed: int, student: nn.Module, *, data: Images, test: Images, teacher: nn.Module, cache: Path, epochs: int
+) -> dict:
     """Trains one student and measures it at its last step."""
-    torch.manual_seed(seed)
-    student = CNN("TINY", in_channels=3, num_classes=10, pixels=32)
-    cache = kdcache.open(cache_path)
+    opened = kdcache.open(cache)
     replayed = ViewedItems(data, np.asarray(data.sample_ids, "S"), kdcache.views.named(AUGMENT, seed=SEED))
     joined = None
     if arm.startswith("K="):
-        joined = kdcache.join(data, cache, views=int(arm[2:]), view_order="epoch")
+        joined = kdcache.join(data, opened, views=int(arm[2:]), view_order="epoch")
 
     def batch_of(indices: np.ndarray, epoch: int) -> tuple[Tensor, Tensor, object]:
         labels = data.labels[indices]
@@ -151,7 +156,7 @@ def run(arm: str, seed: int, *, data: Images, test: Images, teacher: nn.Module, 
                 logits = teacher(normalised(pixels))
             return pixels, labels, logits.clone()
         ids = [data.sample_ids[i] for i in indices.tolist()]
-        return pixels, labels, cache.gather(cache.rows(ids, 0)).tensors()
+        return pixels, labels, opened.gather(opened.rows(ids, 0)).tensors()
 
     alpha = 0.0 if arm.startswith("labels") else 0.9
     seconds = fit(student, len(data), epochs, seed, batch_of, alpha=alpha)
@@ -190,6 +195,8 @@ def main() -> None:
     parser.add_argument("--test-rows", type=int, default=10000)
     parser.add_argument("--epochs", type=int, default=32)
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--teacher", default="BASE", choices=sorted(CNN_WIDTHS))
+    parser.add_argument("--student", default="SMALL", choices=sorted(CNN_WIDTHS))
     parser.add_argument("--arms", default=",".join(ARMS))
     parser.add_argument("--part", default="0/1", help="I/N: take every N-th run, for several processes")
     options = parser.parse_args()
@@ -200,7 +207,7 @@ def main() -> None:
     train, test = options.data / "train", load(options.data / "test", limit=options.test_rows)
     teacher_path = options.out / "teacher.pt"
     half = load(train, half=0, limit=options.teacher_rows)
-    teacher = train_teacher(half, teacher_path, epochs=options.teacher_epochs)
+    teacher = train_teacher(options.teacher, half, teacher_path, epochs=options.teacher_epochs)
     data = load(train, half=1, limit=options.rows)
     cache_path = options.out / "cache"
     kdcache.precompute(
@@ -227,7 +234,8 @@ def main() -> None:
     for arm, seed in wanted[part::parts]:
         if (arm, seed) in done:
             continue
-        found = run(arm, seed, data=data, test=test, teacher=teacher, cache_path=cache_path, epochs=options.epochs)
+        student = network(options.student, seed)
+        found = run(arm, seed, student, data=data, test=test, teacher=teacher, cache=cache_path, epochs=options.epochs)
         runs.append(found)
         with log.open("a") as file:
             file.write(json.dumps(found) + "\n")

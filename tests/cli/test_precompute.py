@@ -94,6 +94,28 @@ def test_people_read_what_was_done(run, arguments) -> None:
     assert "not finished" in part.stdout
 
 
+def test_people_read_what_came_and_which_labels_changed(run, arguments, tmp_path: Path) -> None:
+    def grown(rows: int, *more: str, changed: int = 0) -> str:
+        generator = np.random.default_rng(1)
+        labels = np.arange(40) % 10
+        labels[:changed] += 1
+        inputs = generator.normal(size=(40, 64)).astype(np.float32)
+        np.savez(tmp_path / "data.npz", x=inputs[:rows], y=labels[:rows])
+        given = arguments(out="teacher/")
+        given[given.index("digits:test")] = "npz:data.npz"
+        result = run(*given, *more)
+        assert result.exit_code == 0, result.stderr
+        return result.stdout
+
+    grown(20)
+    assert "added 10 samples to the 20 that were there\nroot hash" in grown(30)
+    text = grown(38, changed=2)
+    assert "added 8 samples to the 30 that were there\nlabels changed: 2 of the 30 compared (0, 1). The cache" in text
+    report = json.loads(grown(40, "--json", changed=2))["growth"]
+    assert (report["samples_before"], report["samples_added"], report["labels_changed"]) == (38, 2, 2)
+    assert json.loads(run("inspect", "teacher", "--json").stdout)["extents"] == [20, 30, 38, 40]
+
+
 def test_people_read_what_a_dump_would_cost(run, arguments) -> None:
     result = run(*arguments(), "--dry-run", "--shard-rows", "100")
     assert result.exit_code == 0

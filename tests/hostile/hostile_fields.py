@@ -223,6 +223,24 @@ def predecessor_that_is_a_command(folder: Path) -> Path:
     return put_manifest(folder, "predecessor", value="$(touch PWNED)")
 
 
+@hostile("manifest.json: extents must be a list of 2 to 4096 numbers of samples")
+def extents_without_end(folder: Path) -> Path:
+    """Five thousand extents: a cache that grew by a sample at a time, for readers that make a list of each."""
+    return put_manifest(folder, "extents", value=list(range(1, 5001)))
+
+
+@hostile("manifest.json: extents must ascend from 1 or more to the number of samples")
+def extents_that_turn_back(folder: Path) -> Path:
+    """Extents 512, 256, 600: samples that belong to two shards."""
+    return put_manifest(folder, "extents", value=[512, 256, 600])
+
+
+@hostile("manifest.json: shard v000-00000.h5 ends at sample 255, expected 99")
+def extent_within_a_shard(folder: Path) -> Path:
+    """An extent of 100 samples where the first shard holds 256: which shard has sample 100 is anyone's guess."""
+    return put_manifest(folder, "extents", value=[100, 600])
+
+
 @hostile("shard 0: sha256 is not 64 hexadecimal digits")
 def hash_in_capital_letters(folder: Path) -> Path:
     """A hash in capitals: equal for people, different for programs."""

@@ -169,6 +169,20 @@ JOBS = (
     Job("precompute-file", "t.h5", nothing, lambda r: precompute(r / "t.h5"), lambda r: precompute(r / "t.h5")),
     Job("repair", "t", lambda r: lose_a_shard(r / "t"), lambda r: precompute(r / "t"), lambda r: precompute(r / "t")),
     Job(
+        "grow-views",
+        "t",
+        lambda r: precompute(r / "t", augment="noise0.1"),
+        lambda r: precompute(r / "t", augment="noise0.1", views=2),
+        lambda r: precompute(r / "t", augment="noise0.1", views=2),
+    ),
+    Job(
+        "grow-samples",
+        "t",
+        lambda r: precompute(r / "t", limit=3),
+        lambda r: precompute(r / "t"),
+        lambda r: precompute(r / "t"),
+    ),
+    Job(
         "merge",
         "b/t.h5",
         lambda r: write(r / "t"),

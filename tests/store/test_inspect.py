@@ -26,6 +26,7 @@ def test_a_folder_is_described(make_cache: Any) -> None:
         "root": open_cache(path).root,
         "format": 1,
         "samples": 100,
+        "extents": [],
         "views": [0],
         "absent_views": [],
         "rows": 100,
