@@ -53,7 +53,8 @@ def test_huge_numbers_cost_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    "value", [[], [5], [5, 5], [7, 5], [0, 5], [-1, 5], [2, 6], [True, 5], [2.0, 5], ["2", 5], {"2": 5}, "25", 5, [[2], 5]]
+    "value",
+    [[], [5], [5, 5], [7, 5], [0, 5], [-1, 5], [2, 6], [True, 5], [2.0, 5], ["2", 5], {"2": 5}, "25", 5, [[2], 5]],
 )
 def test_other_extents_are_refused(value: object) -> None:
     with pytest.raises(CorruptCacheError, match="extents must"):

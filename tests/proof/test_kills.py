@@ -100,3 +100,16 @@ def test_a_merge_that_is_killed_leaves_the_source_and_either_nothing_or_the_whol
     assert all(tally[way] >= kills for way in ("new", "replacing", "two_ranks"))
     assert tally["in_the_middle"] > 0
     proved("R1", kills_of_a_merge=tally["new"] + tally["replacing"] + tally["two_ranks"], **tally)
+
+
+def test_a_folder_whose_growth_is_killed_stays_the_cache_that_it_was_and_grows_to_the_same_bytes(
+    dumps: Any, tmp_path: Path, count: Callable[[int, int], int], proved: Callable[..., None]
+) -> None:
+    """By views and samples at once, over 1, 2 and 4 ranks with 0 to 2 DataLoader workers each."""
+    from kill_growth import kill_growth
+
+    kills = count(1, 30)
+    tally = kill_growth(dumps, tmp_path, kills=kills)
+    assert min(tally.kills.values()) >= kills
+    assert tally.seen > 0
+    proved("R1", kills_of_growth=tally.kills.total(), equal_caches=tally.caches, old_cache_between=tally.seen)

@@ -130,7 +130,9 @@ def test_views_and_samples_may_come_at_once_or_in_turns(teacher: nn.Module, tmp_
         dump(teacher, Letters(names(11)), out, views=1, **facts)
     dump(teacher, Letters(names(21)), at_once, views=3, **facts)
     dump(teacher, Letters(names(11)), in_turns, views=3, **facts)
-    result = dump(teacher, Letters(names(21)), in_turns, views=1, **facts)  # all views of the folder get the new samples
+    result = dump(
+        teacher, Letters(names(21)), in_turns, views=1, **facts
+    )  # all views of the folder get the new samples
     assert result.computed == 10 * 3
     assert {n: data for n, (data, _) in shards(at_once).items()} == {n: d for n, (d, _) in shards(in_turns).items()}
     assert kdcache.open(at_once).views == (0, 1, 2)
