@@ -16,7 +16,8 @@ from typing import Any
 
 from kdcache.errors import CorruptCacheError, UsageError
 from kdcache.format.arrays import ArrayLayout, ArraySpec
-from kdcache.format.encodings import Encoding, encoding_from_json
+from kdcache.format.encoding import Encoding
+from kdcache.format.encodings import encoding_from_json
 from kdcache.format.hdf5_messages import PAGED_ARRAY_BYTES, alignment
 
 FORMAT_VERSION = 1

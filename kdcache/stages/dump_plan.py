@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from kdcache.errors import DataError, LogitsError, StorageError, UsageError
-from kdcache.format.encodings import Encoding
 from kdcache.format.identity import ids_sha256
 from kdcache.format.manifest import ClassList
 from kdcache.format.schema import RowSchema
@@ -116,8 +115,9 @@ def make_job(
     probe = feed(items, list(range(min(2, len(items)))))
     logits = forward(teacher.module.to(device), probe.inputs, device, options)
     row_shape = check_logits(logits, rows=min(2, len(items)))
-    encoding = Encoding(options.dtype, row_shape)
     is_mixed = replay is not None and replay.mix is not None
+    labels = 0 if probe.labels is None else 2 if is_mixed else 1
+    encoding = options.encoding.of(row_shape, labels=labels)
     schema = RowSchema(encoding, id_dtype_of(sample_ids), probe.labels is not None, True, is_mixed)
     names = data.classes if data.classes is not None and len(data.classes) == encoding.num_classes else None
     provenance = plain_provenance(  # a name that is no text, such as a file's that is not UTF-8, could not be read back

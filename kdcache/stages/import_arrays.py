@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from kdcache.errors import DataError, LogitsError
-from kdcache.format.encodings import bad_rows
+from kdcache.format.encoding import bad_rows
 from kdcache.stages.import_options import LOG_PROBABILITIES, PROBABILITIES
 from kdcache.store.foreign import ForeignArray
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from kdcache.errors import DataError, InterruptedRunError, KDCacheError, MismatchError, StorageError, UsageError
-from kdcache.format.encodings import Encoding
+from kdcache.format.encodings import EncodingChoice
 from kdcache.format.schema import RowSchema
 from kdcache.stages.import_arrays import (
     as_logits,
@@ -250,7 +250,7 @@ def _check_room(options: ImportOptions, arrays: dict[str, ForeignArray]) -> None
     logits = arrays["logits"]
     rows = logits.shape[0]
     id_dtype = f"|S{_id_bytes(arrays)}" if _id_bytes(arrays) else "<i8"
-    schema = RowSchema(Encoding(options.dtype, logits.shape[1:]), id_dtype, "labels" in arrays, False)
+    schema = RowSchema(EncodingChoice(options.dtype).of(logits.shape[1:]), id_dtype, "labels" in arrays, False)
     _, one_file = dump_folder_of(options.out)
     needed = rows * schema.row_bytes * (2 if one_file else 1) + _SPARE_BYTES
     folder = options.out.absolute()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kdcache.errors import UsageError
-from kdcache.format.encodings import DTYPES
+from kdcache.format.dense import DTYPES
 from kdcache.stages.option import flag, option
 from kdcache.stages.precompute_options import TEACHER_SAW
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from kdcache.errors import UsageError
-from kdcache.format.encodings import DTYPES
+from kdcache.format.dense import DTYPES
+from kdcache.format.encodings import EncodingChoice
 from kdcache.format.view_seed import MAX_SEED, check_views
 from kdcache.stages.choices import AMP
 from kdcache.stages.option import flag, option
@@ -79,6 +80,11 @@ class PrecomputeOptions:
         if not 0 <= self.seed <= MAX_SEED:
             raise UsageError(f"--seed must be 0 to 2**63 - 1, found {self.seed}")
         share_of(self.shard)
+
+    @property
+    def encoding(self) -> EncodingChoice:
+        """What the options say about the encoding."""
+        return EncodingChoice(self.dtype)
 
 
 def options_of(settings: dict[str, Any]) -> PrecomputeOptions:

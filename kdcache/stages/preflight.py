@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 
 from kdcache.errors import IncompleteCacheError, StorageError
-from kdcache.format.encodings import Encoding
 from kdcache.format.hdf5_header import build_layout
 from kdcache.format.headers import shard_header
 from kdcache.format.manifest import ClassList
@@ -85,7 +84,7 @@ def least_plan(
         return replace(found, samples=len(sample_ids), extents=order.extents, views=views)
     shape = (max(1, data.num_classes or 1),)
     id_dtype = "<i8" if sample_ids.dtype.kind == "i" else f"|S{sample_ids.dtype.itemsize}"
-    schema = RowSchema(Encoding(options.dtype, shape), id_dtype, has_labels=bool(data.num_classes), has_digests=True)
+    schema = RowSchema(options.encoding.of(shape), id_dtype, has_labels=bool(data.num_classes), has_digests=True)
     return Plan(
         schema=schema,
         classes=ClassList.of(shape[0], None),

@@ -19,7 +19,6 @@ import torch
 from torch import nn
 
 from kdcache.errors import MismatchError
-from kdcache.format.encodings import decode
 from kdcache.format.identity import show_id
 from kdcache.stages.choices import AMP
 from kdcache.stages.devices import pick_device
@@ -191,4 +190,4 @@ def _run(
         with torch.inference_mode():
             encoded = encode(cache.encoding, logits)
             arrays = {name: tensor.cpu().numpy() for name, tensor in encoded.arrays.items()}
-        yield decode(cache.encoding, arrays), fed
+        yield cache.encoding.decode(arrays), fed

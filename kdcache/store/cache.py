@@ -24,7 +24,7 @@ from kdcache.errors import (
     UsageError,
 )
 from kdcache.format.checksums import row_crcs
-from kdcache.format.encodings import Encoding
+from kdcache.format.encoding import Encoding
 from kdcache.format.identity import as_sample_ids, show_id, show_ids
 from kdcache.format.schema import CRC_ARRAY
 from kdcache.store.buffers import blank, check_buffer, empty_rows, first_rows

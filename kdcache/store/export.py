@@ -18,7 +18,6 @@ import h5py
 import numpy as np
 
 from kdcache.errors import KDCacheError, UsageError
-from kdcache.format.encodings import decode
 from kdcache.format.identity import canonical_json
 from kdcache.store import posix
 from kdcache.store.parts import Catalog, read_catalog
@@ -105,7 +104,7 @@ def _columns(catalog: Catalog) -> dict[str, tuple[Any, tuple[int, ...]]]:
 def _column(catalog: Catalog, name: str) -> Iterator[np.ndarray]:
     """The values of one column, block by block in the order of the rows."""
     for _, _, block in scan(catalog, block_bytes=_BLOCK_BYTES):
-        yield decode(catalog.schema.encoding, block) if name == "logits" else block[name]
+        yield catalog.schema.encoding.decode(block) if name == "logits" else block[name]
 
 
 def _write_npz(catalog: Catalog, sink: _ForgivingFile, *, compressed: bool) -> None:

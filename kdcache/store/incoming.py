@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from kdcache.errors import CorruptCacheError, DataError, KDCacheError, LogitsError, UsageError
-from kdcache.format.encodings import label_count
+from kdcache.format.encoding import label_count
 from kdcache.format.identity import canonical_json, show_id
 from kdcache.format.manifest import ClassList, parse_provenance
 from kdcache.format.schema import RowSchema

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from kdcache.format.encodings import Encoding, decode
+from kdcache.format.dense import Dense
+from kdcache.format.encoding import Encoding
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +57,7 @@ class TeacherRows:
 
         raw logit = logits + row_max for float16, logits for float32.
         """
-        return decode(self.encoding, self.arrays)
+        return self.encoding.decode(self.arrays)
 
     def take(self, index: Any) -> TeacherRows:
         """The rows at an index: a slice, or an array of positions."""
@@ -134,5 +135,5 @@ class TeacherRows:
             exact = logits.float()
             view = logits.new_zeros(count).long()
             has = view == 0
-        encoding = Encoding("float32", tuple(int(n) for n in logits.shape[1:]))
+        encoding = Dense(tuple(int(n) for n in logits.shape[1:]), "float32")
         return TeacherRows(encoding, {"logits": exact}, ids, view, label, has)

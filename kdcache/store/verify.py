@@ -17,7 +17,7 @@ import numpy as np
 
 from kdcache.errors import CorruptCacheError, IncompleteCacheError, KDCacheError, MismatchError, StorageError
 from kdcache.format.checksums import file_sha256, header_digest, payload_sha256
-from kdcache.format.encodings import holds_nan, label_count
+from kdcache.format.encoding import holds_nan, label_count
 from kdcache.format.hdf5_parser import ParsedFile, parse
 from kdcache.format.headers import shard_header
 from kdcache.format.identity import show_id

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from kdcache.errors import DataError, LogitsError, UsageError
-from kdcache.format.encodings import Encoding, bad_rows, encode
+from kdcache.format.encoding import Encoding, bad_rows
+from kdcache.format.encodings import EncodingChoice
 from kdcache.format.headers import FileHeader
 from kdcache.format.identity import MAX_ID_BYTES, as_sample_ids, show_id
 from kdcache.format.manifest import ShardRecord
@@ -86,12 +87,12 @@ class Writer:
         self.path = Path(path)
         self._folder, self._one_file = dump_folder_of(self.path)
         self._classes = class_list(classes)
-        Encoding(dtype, (self._classes.count,))  # refuses a wrong dtype or count before anything is touched
+        self._choice = EncodingChoice(dtype)
+        self._choice.of((self._classes.count,))  # refuses a wrong dtype or count before anything is touched
         if shard_rows is not None and shard_rows < 1:
             raise UsageError(f"shard_rows must be at least 1, found {shard_rows}")
         if id_bytes is not None and not 1 <= id_bytes <= MAX_ID_BYTES:
             raise UsageError(f"id_bytes must be 1 to {MAX_ID_BYTES}, found {id_bytes}")
-        self._dtype = dtype
         self._shard_rows = shard_rows
         self._id_bytes = id_bytes
         self._provenance = plain_provenance({**(provenance or {}), "writer": "kdcache.Writer", "versions": versions()})
@@ -168,9 +169,9 @@ class Writer:
         label = check_labels(labels, ids, self._classes.count)
         digests = as_digests(input_digests, len(ids))
         fresh = self._unseen(ids)
-        encoding = Encoding(self._dtype, values.shape[1:]) if self._dump is None else self._dump.plan.schema.encoding
-        encoded = encode(encoding, values)
-        dump = self._start(ids, values, has_labels=label is not None, has_digests=digests is not None)
+        encoding = self._encoding(values, has_labels=label is not None)
+        encoded = encoding.encode(values, None if label is None else label[:, None])
+        dump = self._start(ids, encoding, has_labels=label is not None, has_digests=digests is not None)
         schema = dump.plan.schema
         rows: dict[str, np.ndarray] = {"sample_id": fit_ids(ids, schema)}
         if schema.has_labels:
@@ -245,7 +246,10 @@ class Writer:
             return
         wanted = replace(
             found,
-            schema=replace(found.schema, encoding=replace(found.schema.encoding, dtype=self._dtype)),
+            schema=replace(
+                found.schema,
+                encoding=self._choice.of(found.schema.encoding.row_shape, labels=int(found.schema.has_labels)),
+            ),
             classes=self._classes,
             provenance=self._provenance,
             shard_rows=self._shard_rows or found.shard_rows,
@@ -292,7 +296,12 @@ class Writer:
         path = self._folder / PLAN
         return parse_plan(posix.read_file(path, MAX_JSON_BYTES), where=str(path)) if posix.exists(path) else None
 
-    def _start(self, ids: np.ndarray, values: np.ndarray, *, has_labels: bool, has_digests: bool) -> DumpFolder:
+    def _encoding(self, values: np.ndarray, *, has_labels: bool) -> Encoding:
+        if self._dump is not None:
+            return self._dump.plan.schema.encoding
+        return self._choice.of(values.shape[1:], labels=int(has_labels))
+
+    def _start(self, ids: np.ndarray, encoding: Encoding, *, has_labels: bool, has_digests: bool) -> DumpFolder:
         if self._dump is not None:
             return self._dump
         if ids.dtype.kind == "i":
@@ -300,7 +309,7 @@ class Writer:
         else:
             longest = ids.dtype.itemsize
             id_dtype = f"|S{self._id_bytes or min(MAX_ID_BYTES, -(-2 * longest // _ID_ROUND) * _ID_ROUND)}"
-        schema = RowSchema(Encoding(self._dtype, values.shape[1:]), id_dtype, has_labels, has_digests)
+        schema = RowSchema(encoding, id_dtype, has_labels, has_digests)
         rows = self._shard_rows or default_shard_rows(schema.row_bytes)
         if self._one_file:  # refuses now what would not fit into the header at the end
             FileHeader(schema, self._classes, MAX_ROWS, (0,), None, self._provenance).dump()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from kdcache.errors import LogitsError
-from kdcache.format.encodings import FLOAT16_LOWEST, FLOAT32_MAX, Encoding
+from kdcache.format.encoding import FLOAT16_LOWEST, FLOAT32_MAX, Encoding
 
 
 @dataclass(frozen=True, eq=False)

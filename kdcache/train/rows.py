@@ -21,7 +21,8 @@ import torch
 from torch.utils.data._utils.collate import default_collate_fn_map
 
 from kdcache.errors import MismatchError
-from kdcache.format.encodings import Encoding
+from kdcache.format.dense import Dense
+from kdcache.format.encoding import Encoding
 from kdcache.store.rows import TeacherRows
 
 # Tensors up to this size leave a worker through its pipe: pickling 1 kB takes 7 us as bytes and 56 us as shared
@@ -121,7 +122,7 @@ def concatenate(parts: Sequence[TeacherRows]) -> TeacherRows:
 
 
 def _as_float32(part: TeacherRows) -> TeacherRows:
-    return replace(part, encoding=Encoding("float32", part.encoding.row_shape), arrays={"logits": part.dense()})
+    return replace(part, encoding=Dense(part.encoding.row_shape, "float32"), arrays={"logits": part.dense()})
 
 
 def _labels(part: TeacherRows) -> torch.Tensor:

@@ -13,21 +13,21 @@ from bench_data import CHUNK, CLASSES, random_rows
 from bench_measure import BATCH, anonymous_bytes, interleaved, ratio, timed
 
 import kdcache
-from kdcache.format.encodings import Encoding, encode
+from kdcache.format.dense import Dense
 from kdcache.format.manifest import ClassList
 from kdcache.format.schema import RowSchema
 from kdcache.store.dump import open_dump
 from kdcache.store.plan import Plan, default_shard_rows
 from kdcache.store.removal import remove_dump
 
-SCHEMA = RowSchema(Encoding("float16", (CLASSES,)), "<i8", has_labels=True, has_digests=True)
+SCHEMA = RowSchema(Dense((CLASSES,), "float16"), "<i8", has_labels=True, has_digests=True)
 SHARD_ROWS = default_shard_rows(SCHEMA.row_bytes)
 
 
 def encoded_rows() -> dict[str, np.ndarray]:
     """One piece of rows as they come from a device: encoded, with labels and digests."""
     ids, logits, labels = next(random_rows(CHUNK, CLASSES))
-    arrays = encode(SCHEMA.encoding, logits).arrays
+    arrays = SCHEMA.encoding.encode(logits).arrays
     return {**arrays, "sample_id": ids, "label": labels, "input_digest": ids.astype(np.uint64)}
 
 
@@ -93,7 +93,7 @@ def test_writing_a_shard(tmp_path: Path, figures: Any) -> None:
 @pytest.mark.bench
 def test_writing_from_float32_through_the_writer(tmp_path: Path, figures: Any) -> None:
     _, logits, labels = next(random_rows(CHUNK, CLASSES))
-    encoded = encode(SCHEMA.encoding, logits).arrays["logits"]
+    encoded = SCHEMA.encoding.encode(logits).arrays["logits"]
     plain = tmp_path / "plain"
 
     def ours() -> None:

@@ -9,10 +9,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from kdcache.errors import LogitsError, UsageError
-from kdcache.format.encodings import Encoding, bad_rows, decode, encode, encoding_from_json, holds_nan
+from kdcache.format.dense import Dense
+from kdcache.format.encoding import Encoding, bad_rows, holds_nan
+from kdcache.format.encodings import encoding_from_json
 
-HALF = Encoding("float16", (5,))
-FULL = Encoding("float32", (5,))
+HALF = Dense((5,), "float16")
+FULL = Dense((5,), "float32")
 
 
 def encode_twin(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -40,7 +42,7 @@ def kl(exact: np.ndarray, stored: np.ndarray) -> np.ndarray:
 def test_float16_rows_are_those_of_the_float64_twin(shape: tuple[int, ...]) -> None:
     # Multiples of 1/64 below 64: the float32 difference is exact, so both sides round once and are equal.
     logits = np.random.default_rng(0).integers(-4096, 4096, shape).astype(np.float32) / 64
-    encoded = encode(Encoding("float16", shape[1:]), logits)
+    encoded = Dense(shape[1:], "float16").encode(logits)
     shifted, tops = encode_twin(logits)
     np.testing.assert_array_equal(encoded.arrays["logits"], shifted)
     np.testing.assert_array_equal(encoded.arrays["row_max"], tops)
@@ -50,8 +52,8 @@ def test_float16_rows_are_those_of_the_float64_twin(shape: tuple[int, ...]) -> N
 
 def test_the_row_maximum_apart_keeps_the_kl_of_float16_below_a_millionth() -> None:
     logits = np.random.default_rng(1).normal(0, 3, (400, 1000)).astype(np.float32) + 12
-    encoding = Encoding("float16", (1000,))
-    stored = decode(encoding, encode(encoding, logits).arrays)
+    encoding = Dense((1000,), "float16")
+    stored = encoding.decode(encoding.encode(logits).arrays)
     apart = kl(logits, stored).mean()
     assert apart <= 1e-6
     assert apart < kl(logits, logits.astype(np.float16).astype(np.float32)).mean() / 2
@@ -60,9 +62,9 @@ def test_the_row_maximum_apart_keeps_the_kl_of_float16_below_a_millionth() -> No
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_masked_classes_stay_masked(dtype: str) -> None:
     logits = np.array([[-np.inf, 1, 2, -np.inf, 0], [3, -np.inf, -np.inf, -np.inf, -np.inf]], np.float32)
-    encoding = Encoding(dtype, (5,))
-    encoded = encode(encoding, logits)
-    np.testing.assert_array_equal(decode(encoding, encoded.arrays), logits)
+    encoding = Dense((5,), dtype)
+    encoded = encoding.encode(logits)
+    np.testing.assert_array_equal(encoding.decode(encoded.arrays), logits)
     assert encoded.clamped.sum() == 0
 
 
@@ -76,7 +78,7 @@ def test_what_cannot_be_stored_is_refused_with_its_position(
     logits[4] = value
     assert bad_rows(logits).tolist() == [4]
     with pytest.raises(LogitsError, match="first at position 4"):
-        encode(encoding, logits)
+        encoding.encode(logits)
 
 
 def test_one_bad_position_of_a_dense_prediction_makes_the_row_bad() -> None:
@@ -87,7 +89,7 @@ def test_one_bad_position_of_a_dense_prediction_makes_the_row_bad() -> None:
 
 def test_values_far_below_the_maximum_are_clamped_and_counted() -> None:
     logits = np.array([[0, -65504, -65505, -1e30, -np.inf], [3e38, -3e38, 0, 3e38, 1]], np.float32)
-    encoded = encode(HALF, logits)
+    encoded = HALF.encode(logits)
     assert encoded.clamped.sum() == 5
     assert encoded.arrays["logits"][0].tolist() == [0, -65504, -65504, -65504, -np.inf]
     assert encoded.arrays["logits"][1].tolist() == [0, -65504, -65504, 0, -65504]
@@ -95,33 +97,33 @@ def test_values_far_below_the_maximum_are_clamped_and_counted() -> None:
 
 @pytest.mark.parametrize(("encoding", "lowest"), [(HALF, -65504.0), (FULL, -float(np.finfo(np.float32).max))])
 def test_a_float64_below_the_float32_range_is_clamped_and_not_masked(encoding: Encoding, lowest: float) -> None:
-    encoded = encode(encoding, np.array([[0, -1e300, -np.inf, 0, 0]]))
+    encoded = encoding.encode(np.array([[0, -1e300, -np.inf, 0, 0]]))
     assert encoded.arrays["logits"][0].tolist() == [0, lowest, -np.inf, 0, 0]
     assert encoded.clamped.sum() == 1
 
 
 def test_a_float64_above_the_float32_range_is_refused() -> None:
     with pytest.raises(LogitsError, match="position 1"):
-        encode(FULL, np.array([[0.0] * 5, [1e300, 0, 0, 0, 0]]))
+        FULL.encode(np.array([[0.0] * 5, [1e300, 0, 0, 0, 0]]))
 
 
 @pytest.mark.parametrize("encoding", [HALF, FULL])
 def test_no_rows_are_no_rows(encoding: Encoding) -> None:
-    encoded = encode(encoding, np.empty((0, 5), np.float32))
+    encoded = encoding.encode(np.empty((0, 5), np.float32))
     assert {n: len(a) for n, a in encoded.arrays.items()} == {s.name: 0 for s in encoding.specs}
 
 
 @pytest.mark.parametrize("logits", [np.zeros((2, 4)), np.zeros(5), np.zeros((2, 5, 1)), np.zeros((2, 5), np.int64)])
 def test_another_shape_or_integers_are_refused(logits: np.ndarray) -> None:
     with pytest.raises(LogitsError):
-        encode(HALF, logits)
+        HALF.encode(logits)
 
 
 def test_the_input_is_not_changed() -> None:
     logits = np.random.default_rng(0).normal(size=(9, 5)).astype(np.float32)
     before = logits.copy()
-    encode(HALF, logits)
-    encode(FULL, logits)
+    HALF.encode(logits)
+    FULL.encode(logits)
     np.testing.assert_array_equal(logits, before)
 
 
@@ -133,13 +135,13 @@ def test_the_input_is_not_changed() -> None:
     )
 )
 def test_any_storable_row_comes_back_within_half_a_unit_of_float16(logits: np.ndarray) -> None:
-    encoding = Encoding("float16", logits.shape[1:])
+    encoding = Dense(logits.shape[1:], "float16")
     if bad_rows(logits).size:
         with pytest.raises(LogitsError):
-            encode(encoding, logits)
+            encoding.encode(logits)
         return
-    encoded = encode(encoding, logits)
-    back = decode(encoding, encoded.arrays)
+    encoded = encoding.encode(logits)
+    back = encoding.decode(encoded.arrays)
     assert back.dtype == np.float32
     assert back.shape == logits.shape
     masked = np.isinf(logits)
@@ -154,12 +156,12 @@ def test_any_storable_row_comes_back_within_half_a_unit_of_float16(logits: np.nd
 
 @given(hnp.arrays(np.float32, (4, 3), elements=st.floats(width=32, allow_nan=False)))
 def test_float32_rows_come_back_bit_for_bit(logits: np.ndarray) -> None:
-    encoding = Encoding("float32", (3,))
+    encoding = Dense((3,), "float32")
     if not bad_rows(logits).size:
-        assert decode(encoding, encode(encoding, logits).arrays).tobytes() == logits.tobytes()
+        assert encoding.decode(encoding.encode(logits).arrays).tobytes() == logits.tobytes()
 
 
-@pytest.mark.parametrize("encoding", [HALF, FULL, Encoding("float16", (21, 4, 4))])
+@pytest.mark.parametrize("encoding", [HALF, FULL, Dense((21, 4, 4), "float16")])
 def test_an_encoding_survives_its_json(encoding: Encoding) -> None:
     assert encoding_from_json(encoding.to_json()) == encoding
 

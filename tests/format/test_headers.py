@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kdcache.errors import CorruptCacheError, UsageError
-from kdcache.format.encodings import Encoding
+from kdcache.format.dense import Dense
 from kdcache.format.headers import MAX_HEADER_BYTES, FileHeader, parse_file_header, shard_header
 from kdcache.format.identity import canonical_json
 from kdcache.format.manifest import ClassList
 from kdcache.format.schema import RowSchema
 
-SCHEMA = RowSchema(Encoding("float16", (3,)), "<i8", has_labels=True, has_digests=False)
+SCHEMA = RowSchema(Dense((3,), "float16"), "<i8", has_labels=True, has_digests=False)
 CLASSES = ClassList.of(3, ("cat", "dog", "owl"))
 HEADER = FileHeader(SCHEMA, CLASSES, 10, (0, 1), (5, 14), {"teacher": {"spec": "m:f"}}, "ab" * 32)
 
@@ -36,7 +36,7 @@ def test_the_length_of_a_header_does_not_depend_on_the_payload_hash() -> None:
 
 def test_class_names_that_do_not_fit_leave_their_hash_behind() -> None:
     names = tuple(f"a rather long class name {n}" for n in range(3000))
-    schema = replace(SCHEMA, encoding=Encoding("float16", (3000,)))
+    schema = replace(SCHEMA, encoding=Dense((3000,), "float16"))
     header = replace(HEADER, schema=schema, classes=ClassList.of(3000, names))
     text = header.dump()
     assert len(text) <= MAX_HEADER_BYTES

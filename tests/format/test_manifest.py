@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 from kdcache.errors import CorruptCacheError
 from kdcache.format.arrays import ArrayLayout
-from kdcache.format.encodings import Encoding
+from kdcache.format.dense import Dense
 from kdcache.format.identity import canonical_json, fingerprint
 from kdcache.format.manifest import ClassList, Manifest, ShardRecord, parse_manifest, seal, shard_name
 from kdcache.format.schema import RowSchema
 
-SCHEMA = RowSchema(Encoding("float16", (3,)), "<i8", has_labels=True, has_digests=False)
+SCHEMA = RowSchema(Dense((3,), "float16"), "<i8", has_labels=True, has_digests=False)
 
 
 def record(view: int, start: int, stop: int, index: int) -> ShardRecord:

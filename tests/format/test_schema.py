@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from kdcache.errors import CorruptCacheError
 from kdcache.format.arrays import ArrayLayout
-from kdcache.format.encodings import Encoding
+from kdcache.format.dense import Dense
 from kdcache.format.schema import RowSchema, schema_from_json
 
-SCHEMA = RowSchema(Encoding("float16", (10,)), "<i8", has_labels=True, has_digests=True)
+SCHEMA = RowSchema(Dense((10,), "float16"), "<i8", has_labels=True, has_digests=True)
 
 
 def layouts(schema: RowSchema, rows: int) -> dict[str, ArrayLayout]:
@@ -41,7 +41,7 @@ def test_the_checksum_covers_identity_first_and_neither_itself_nor_the_view() ->
 
 
 def test_optional_arrays_are_left_out() -> None:
-    schema = RowSchema(Encoding("float32", (3, 2)), "|S16", has_labels=False, has_digests=False)
+    schema = RowSchema(Dense((3, 2), "float32"), "|S16", has_labels=False, has_digests=False)
     assert [s.name for s in schema.specs] == ["logits", "sample_id", "view", "row_crc"]
     assert schema.row_bytes == 24 + 16 + 2 + 4
     assert schema.payload_row_bytes == 24
@@ -50,7 +50,7 @@ def test_optional_arrays_are_left_out() -> None:
 @given(st.sampled_from(["float16", "float32"]), st.integers(1, 1024), st.booleans(), st.booleans())
 def test_a_schema_survives_its_json(dtype: str, width: int, labels: bool, digests: bool) -> None:
     for ids in ("<i8", f"|S{width}"):
-        schema = RowSchema(Encoding(dtype, (7, 2)), ids, labels, digests)
+        schema = RowSchema(Dense((7, 2), dtype), ids, labels, digests)
         assert schema_from_json(schema.to_json(), where="x") == schema
 
 

@@ -23,7 +23,7 @@ from h5py import h5a, h5d, h5p, h5s, h5t
 
 from kdcache.format.arrays import ArraySpec
 from kdcache.format.checksums import header_digest, payload_sha256, row_crcs, rows_digest
-from kdcache.format.encodings import Encoding
+from kdcache.format.dense import Dense
 from kdcache.format.hdf5_header import build_layout
 from kdcache.format.hdf5_parser import parse
 from kdcache.format.identity import canonical_json, fingerprint
@@ -33,7 +33,7 @@ from kdcache.format.schema import RowSchema
 from kdcache.store.writer import Writer
 
 ROWS, CLASSES, SHARD_ROWS = 600, 64, 256
-SCHEMA = RowSchema(Encoding("float16", (CLASSES,)), "<i8", has_labels=True, has_digests=True)
+SCHEMA = RowSchema(Dense((CLASSES,), "float16"), "<i8", has_labels=True, has_digests=True)
 NAMES = [f"class {n}" for n in range(CLASSES)]
 PROVENANCE = {"teacher": {"spec": "models:wide"}, "data": {"name": "digits"}, "licence": "cc-by-4.0"}
 

@@ -11,7 +11,7 @@ import numpy as np
 from hostile_base import CLASSES, NAMES, open_writer, put_file, put_folder, sound_file, write_sound
 from hostile_cases import valid
 
-from kdcache.format.encodings import Encoding, encode
+from kdcache.format.dense import Dense
 from kdcache.format.identity import as_sample_ids
 from kdcache.format.manifest import ClassList
 from kdcache.format.schema import RowSchema
@@ -34,7 +34,7 @@ def _write(path: Path, rows: int = 20, *, ids: Any = None, trailing: tuple[int, 
 def _write_views(path: Path, views: tuple[int, ...]) -> Path:
     """A folder of several views, as `precompute` makes one."""
     rows, ids = 100, as_sample_ids([f"{n}.png" for n in range(100)])
-    schema = RowSchema(Encoding("float16", (CLASSES,)), ids.dtype.str, has_labels=False, has_digests=False)
+    schema = RowSchema(Dense((CLASSES,), "float16"), ids.dtype.str, has_labels=False, has_digests=False)
     dump = open_dump(path, Plan(schema, ClassList.of(CLASSES, None), 40, rows, {}, views))
     for number in range(dump.plan.shard_count):
         view, start, stop = dump.plan.span(number)
@@ -42,7 +42,7 @@ def _write_views(path: Path, views: tuple[int, ...]) -> Path:
         dump.claim(view, index)
         container = dump.container(view, index, start, stop)
         logits = np.random.default_rng(number).standard_normal((stop - start, CLASSES), np.float32)
-        arrays = encode(schema.encoding, logits).arrays
+        arrays = schema.encoding.encode(logits).arrays
         container.append({"sample_id": ids[start:stop], **arrays}, view=view, positions=np.arange(start, stop))
         dump.commit(container, container.record(view=view, start=start, ids=consecutive(ids[start:stop])), index)
         dump.release(view, index)

@@ -16,7 +16,7 @@ import numpy as np
 
 import kdcache
 from kdcache.errors import KDCacheError
-from kdcache.format.encodings import Encoding, encode
+from kdcache.format.dense import Dense
 from kdcache.format.identity import input_digest
 from kdcache.format.manifest import ClassList
 from kdcache.format.schema import RowSchema
@@ -53,7 +53,7 @@ def write(path: Path, *, number: int = 0, overwrite: bool = False, ids: np.ndarr
 
 def plan() -> Plan:
     """The plan of a dump whose number of rows is known, as `precompute` makes one."""
-    schema = RowSchema(Encoding("float16", (CLASSES,)), "<i8", has_labels=True, has_digests=False)
+    schema = RowSchema(Dense((CLASSES,), "float16"), "<i8", has_labels=True, has_digests=False)
     return Plan(schema, ClassList.of(CLASSES, None), SHARD_ROWS, ROWS, {})
 
 
@@ -66,7 +66,7 @@ def dump(folder: Path) -> int:
             if not work.finished and work.claim(view, index):
                 container = work.container(view, index, start, stop)
                 rows = {"sample_id": IDS[start:stop], "label": IDS[start:stop] % CLASSES}
-                rows |= encode(work.plan.schema.encoding, logits_of(IDS[start:stop])).arrays
+                rows |= work.plan.schema.encoding.encode(logits_of(IDS[start:stop])).arrays
                 container.append(rows, view=view, positions=np.arange(start, stop))
                 work.commit(container, container.record(view=view, start=start, ids=None), index)
                 work.release(view, index)

@@ -16,7 +16,7 @@ import numpy as np
 
 from kdcache.errors import CorruptCacheError, IncompleteCacheError
 from kdcache.format.arrays import ArrayLayout
-from kdcache.format.encodings import Encoding, encode
+from kdcache.format.dense import Dense
 from kdcache.format.hdf5_parser import parse
 from kdcache.format.identity import as_sample_ids
 from kdcache.format.manifest import ClassList
@@ -59,7 +59,7 @@ class Recipe:
         """Of every dump of this form, so that their shards have the same headers."""
         ids = self.ids()
         id_dtype = "<i8" if ids.dtype.kind == "i" else f"|S{ids.dtype.itemsize}"
-        schema = RowSchema(Encoding(self.dtype, (self.classes, *self.trailing)), id_dtype, self.labels, self.digests)
+        schema = RowSchema(Dense((self.classes, *self.trailing), self.dtype), id_dtype, self.labels, self.digests)
         names = tuple(f"class {n:03d} {'of a long list ' * 6}" for n in range(self.classes)) if self.names else None
         provenance = {"teacher": {"spec": "module:factory"}, "data": {"name": "toy"}}
         classes = ClassList.of(self.classes, names)
@@ -104,7 +104,7 @@ def fill(dump: DumpFolder, recipe: Recipe, seed: int, *, until: int | None = Non
         rows = range(start, stop)
         shared = seed == 0 or (index + seed) % 3 == 0
         logits = np.stack([_logits(recipe, seed if n % 10 and not shared else 0, view, n) for n in rows])
-        stored = {"sample_id": ids[start:stop], **encode(plan.schema.encoding, logits).arrays}
+        stored = {"sample_id": ids[start:stop], **plan.schema.encoding.encode(logits).arrays}
         if recipe.labels:
             stored["label"] = np.array([n % recipe.classes for n in rows])
         if recipe.digests:

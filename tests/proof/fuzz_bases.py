@@ -9,7 +9,7 @@ from typing import Any
 import fuzz_doors
 import numpy as np
 
-from kdcache.format.encodings import Encoding, encode
+from kdcache.format.dense import Dense
 from kdcache.format.identity import as_sample_ids
 from kdcache.format.manifest import ClassList
 from kdcache.format.schema import RowSchema
@@ -77,7 +77,7 @@ def make_dump(
     rng = np.random.default_rng(rows)
     stored = as_sample_ids(np.arange(5, 5 + rows) if ids is None else ids)
     id_dtype = "<i8" if stored.dtype.kind == "i" else f"|S{stored.dtype.itemsize}"
-    encoding = Encoding(dtype, row_shape)
+    encoding = Dense(row_shape, dtype)
     schema = RowSchema(encoding, id_dtype, has_labels=labels, has_digests=labels, is_mixed=is_mixed)
     dump = open_dump(path, Plan(schema, ClassList.of(row_shape[0], names), shard_rows, rows, PROVENANCE, views))
     for number in range(dump.plan.shard_count):
@@ -85,7 +85,7 @@ def make_dump(
         index = number % dump.plan.shards_per_view
         container = dump.container(view, index, start, stop)
         logits = rng.normal(size=(stop - start, *row_shape)).astype(np.float32)
-        arrays = {"sample_id": stored[start:stop], **encode(encoding, logits).arrays}
+        arrays = {"sample_id": stored[start:stop], **encoding.encode(logits).arrays}
         if labels:
             arrays["label"] = rng.integers(-1, row_shape[0], stop - start)
             arrays["input_digest"] = rng.integers(0, 2**63, stop - start, dtype=np.uint64)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kdcache.format.encodings import Encoding, encode
+from kdcache.format.dense import Dense
 from kdcache.format.identity import as_sample_ids
 from kdcache.format.manifest import ClassList
 from kdcache.format.schema import RowSchema
@@ -145,7 +145,7 @@ def make_views(tmp_path: Path, make_table: Callable[..., Table]) -> Callable[...
         table = make_table(ids=np.arange(ROWS) if ids is None else ids)
         stored_ids = as_sample_ids(table.ids)
         id_dtype = "<i8" if stored_ids.dtype.kind == "i" else f"|S{stored_ids.dtype.itemsize}"
-        encoding = Encoding("float16", (CLASSES,))
+        encoding = Dense((CLASSES,), "float16")
         schema = RowSchema(encoding, id_dtype, has_labels=True, has_digests=False)
         plan = Plan(schema, ClassList.of(CLASSES, None), SHARD_ROWS, ROWS, {}, views)
         dump = open_dump(tmp_path / name, plan)
@@ -155,7 +155,7 @@ def make_views(tmp_path: Path, make_table: Callable[..., Table]) -> Callable[...
             index = number % plan.shards_per_view
             assert dump.claim(view, index)
             container = dump.container(view, index, start, stop)
-            arrays = encode(encoding, logits[view][start:stop]).arrays
+            arrays = encoding.encode(logits[view][start:stop]).arrays
             rows = {"sample_id": stored_ids[start:stop], "label": table.labels[start:stop], **arrays}
             container.append(rows, view=view, positions=np.arange(start, stop))
             record = container.record(view=view, start=start, ids=consecutive(stored_ids[start:stop]))

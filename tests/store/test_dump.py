@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from kdcache.errors import CorruptCacheError, IncompleteCacheError, MismatchError, UsageError
-from kdcache.format.encodings import Encoding, encode
+from kdcache.format.dense import Dense
 from kdcache.format.manifest import ClassList
 from kdcache.format.schema import RowSchema
 from kdcache.store.dump import DumpFolder, open_dump, utc_now
@@ -24,7 +24,7 @@ from kdcache.store.plan import Plan, parse_plan
 from kdcache.store.removal import clear_dump, refuse_foreign, remove_dump, remove_empty
 from kdcache.store.verify import verify
 
-ENCODING = Encoding("float16", (3,))
+ENCODING = Dense((3,), "float16")
 SCHEMA = RowSchema(ENCODING, "<i8", has_labels=False, has_digests=False)
 PLAN = Plan(SCHEMA, ClassList.of(3, None), 4, 10, {})
 
@@ -35,7 +35,7 @@ def fill(dump: DumpFolder, index: int, *, shift: float = 0) -> Any:
     ids = np.arange(start, stop)
     logits = np.arange(start * 3, stop * 3, dtype=np.float32).reshape(-1, 3) + shift
     container = dump.container(0, index, start, stop)
-    container.append({"sample_id": ids, **encode(ENCODING, logits).arrays}, view=0, positions=ids)
+    container.append({"sample_id": ids, **ENCODING.encode(logits).arrays}, view=0, positions=ids)
     return container, container.record(view=0, start=start, ids=consecutive(ids))
 
 

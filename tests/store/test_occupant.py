@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from kdcache.errors import MismatchError
-from kdcache.format.encodings import Encoding
+from kdcache.format.dense import Dense
 from kdcache.format.manifest import ClassList
 from kdcache.format.schema import RowSchema
 from kdcache.store.dump import open_dump
@@ -21,7 +21,7 @@ from kdcache.store.occupant import occupant
 from kdcache.store.plan import Plan
 from kdcache.store.writer import Writer
 
-SCHEMA = RowSchema(Encoding("float16", (3,)), "<i8", has_labels=False, has_digests=False)
+SCHEMA = RowSchema(Dense((3,), "float16"), "<i8", has_labels=False, has_digests=False)
 PLAN = Plan(SCHEMA, ClassList.of(3, None), 4, 10, {"teacher": {"spec": "m:f"}})
 
 

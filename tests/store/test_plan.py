@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kdcache.errors import CorruptCacheError, MismatchError, UsageError
-from kdcache.format.encodings import Encoding
+from kdcache.format.dense import Dense
 from kdcache.format.headers import FileHeader
 from kdcache.format.identity import canonical_json
 from kdcache.format.manifest import ClassList
@@ -25,7 +25,7 @@ from kdcache.store.plan import (
     require_same_plan,
 )
 
-SCHEMA = RowSchema(Encoding("float16", (3,)), "<i8", has_labels=True, has_digests=False)
+SCHEMA = RowSchema(Dense((3,), "float16"), "<i8", has_labels=True, has_digests=False)
 PLAN = Plan(SCHEMA, ClassList.of(3, ("a", "b", "c")), 40, 100, {"teacher": {"spec": "m:f"}}, (0, 2))
 JSON = st.recursive(
     st.none() | st.integers(-3, 3) | st.text(max_size=3),
@@ -87,7 +87,7 @@ def test_a_damaged_plan_is_corrupt_and_nothing_else(field: str, value: Any) -> N
         ({"provenance": {}}, "provenance.teacher is"),
         ({"classes": ClassList.of(3, ("a", "b", "d"))}, "classes.names is"),
         ({"schema": replace(SCHEMA, has_labels=False)}, "labels is True there and False"),
-        ({"schema": replace(SCHEMA, encoding=Encoding("float32", (3,)))}, "encoding.dtype is 'float16' there"),
+        ({"schema": replace(SCHEMA, encoding=Dense((3,), "float32"))}, "encoding.dtype is 'float16' there"),
     ],
 )
 def test_another_plan_is_refused_by_the_first_field_that_differs(change: dict[str, Any], message: str) -> None:

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from kdcache.errors import CorruptCacheError, IncompleteCacheError, StorageError
-from kdcache.format.encodings import decode
 from kdcache.store.export import export
 from kdcache.store.merge import merge
 from kdcache.store.parts import Catalog, read_catalog
@@ -19,7 +18,7 @@ from kdcache.store.scan import scan
 
 
 def dense(catalog: Catalog, **options: Any) -> np.ndarray:
-    return np.concatenate([decode(catalog.schema.encoding, block) for _, _, block in scan(catalog, **options)])
+    return np.concatenate([catalog.schema.encoding.decode(block) for _, _, block in scan(catalog, **options)])
 
 
 @pytest.mark.parametrize("block_bytes", [1, 700, 8 << 20])

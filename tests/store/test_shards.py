@@ -15,12 +15,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kdcache.format.checksums import file_sha256, payload_sha256, row_crcs
-from kdcache.format.encodings import Encoding
+from kdcache.format.dense import Dense
 from kdcache.format.schema import RowSchema
 from kdcache.store import shards
 from kdcache.store.shards import ContainerWriter, remove_temporaries
 
-SCHEMA = RowSchema(Encoding("float16", (3,)), "|S4", has_labels=True, has_digests=False)
+SCHEMA = RowSchema(Dense((3,), "float16"), "|S4", has_labels=True, has_digests=False)
 ROWS = 30
 
 

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from kdcache.format import encodings
-from kdcache.format.encodings import Encoding
+from kdcache.format.dense import Dense
+from kdcache.format.encoding import bad_rows
 from kdcache.train.encode import encode
 
 MAX = float(np.finfo(np.float32).max)
@@ -28,12 +28,12 @@ def test_a_device_stores_what_numpy_stores(kind: str, shape: tuple[int, ...], da
     edges = EDGES if width == 64 else EDGES32
     values = st.sampled_from(edges) | st.floats(-1e5, 1e5, width=width)
     logits = data.draw(arrays.arrays(f"f{width // 8}", shape, elements=values))
-    encoding = Encoding(kind, shape[1:])
+    encoding = Dense(shape[1:], kind)
     found = encode(encoding, torch.from_numpy(logits))
-    bad = encodings.bad_rows(logits)
+    bad = bad_rows(logits)
     assert np.flatnonzero(found.bad.numpy()).tolist() == bad.tolist()
     good = np.delete(logits, bad, axis=0)
-    expected, kept = encodings.encode(encoding, good), encode(encoding, torch.from_numpy(good))
+    expected, kept = encoding.encode(good), encode(encoding, torch.from_numpy(good))
     assert set(kept.arrays) == set(expected.arrays)
     for name, array in expected.arrays.items():
         np.testing.assert_array_equal(kept.arrays[name].numpy(), array)
@@ -41,9 +41,7 @@ def test_a_device_stores_what_numpy_stores(kind: str, shape: tuple[int, ...], da
 
 
 def test_a_float64_below_the_float32_range_is_clamped_and_one_above_refused() -> None:
-    found = encode(
-        Encoding("float32", (3,)), torch.tensor([[0, -1e300, -torch.inf], [1e300, 0, 0]], dtype=torch.float64)
-    )
+    found = encode(Dense((3,), "float32"), torch.tensor([[0, -1e300, -torch.inf], [1e300, 0, 0]], dtype=torch.float64))
     assert found.arrays["logits"][0].tolist() == [0.0, -MAX, -np.inf]
     assert found.bad.tolist() == [False, True]
     assert int(found.clamped) == 1

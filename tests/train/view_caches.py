@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import Dataset
 
 import kdcache
-from kdcache.format.encodings import Encoding, encode
+from kdcache.format.dense import Dense
 from kdcache.format.identity import as_sample_ids, input_digest
 from kdcache.format.manifest import ClassList
 from kdcache.format.schema import RowSchema
@@ -90,7 +90,7 @@ def _write(
     chosen = np.arange(len(every)) if samples is None else np.asarray(samples)
     ids = as_sample_ids(every[chosen])
     items = ViewedItems(dataset, every, replay, ids)
-    encoding = Encoding("float16", (CLASSES,))
+    encoding = Dense((CLASSES,), "float16")
     id_dtype = "<i8" if ids.dtype.kind == "i" else f"|S{ids.dtype.itemsize}"
     schema = RowSchema(encoding, id_dtype, has_labels=True, has_digests=digests, is_mixed=items.is_mixed)
     point = "item" if replay is None else "view"
@@ -111,7 +111,7 @@ def _write(
             rows["mix_ratio"] = np.array([one.mix_ratio for one in viewed], np.float32)
         if digests:
             rows["input_digest"] = np.array([input_digest(value) for value in inputs], np.uint64)
-        rows |= encode(encoding, np.stack([logits_of(value) for value in inputs])).arrays
+        rows |= encoding.encode(np.stack([logits_of(value) for value in inputs])).arrays
         container = dump.container(view, index, start, stop)
         container.append(rows, view=view, positions=np.arange(start, stop))
         record = container.record(view=view, start=start, ids=consecutive(ids[start:stop]))
