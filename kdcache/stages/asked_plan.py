@@ -17,6 +17,7 @@ from kdcache.store.posix import is_folder
 from kdcache.store.removal import refuse_foreign
 from kdcache.store.versions import versions
 from kdcache.store.writer import dump_folder_of
+from kdcache.train.pipeline_text import canonical
 from kdcache.train.ranks import discover
 
 
@@ -75,7 +76,7 @@ def asked_plan(options: PrecomputeOptions, found: Occupant) -> dict[str, Any]:
             "weights": None if options.weights is None else _name_and_size(options.weights),
         }
     if options.augment is not None and ":" not in options.augment:
-        provenance["views"] = {"augment": options.augment, "seed": options.seed}
+        provenance["views"] = {"augment": canonical(options.augment), "seed": options.seed}
     plan: dict[str, Any] = {
         "encoding": {"dtype": options.dtype},
         "provenance": provenance,

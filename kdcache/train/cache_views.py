@@ -15,7 +15,8 @@ from kdcache.errors import CorruptCacheError, MismatchError, UsageError
 from kdcache.format.view_seed import MAX_SEED, check_views
 from kdcache.store.cache import Cache
 from kdcache.train.mixing import Mix
-from kdcache.train.pipelines import canonical, named
+from kdcache.train.pipeline_text import canonical
+from kdcache.train.pipelines import named
 from kdcache.train.replay import Replay
 from kdcache.train.view_order import VIEWS, ViewChoice, ViewOrder, check_alone
 from kdcache.train.views import replayable

@@ -6,22 +6,19 @@ Parts are applied in order; a number behind a name is its parameter. Those on im
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, final
+from typing import Any, ClassVar, final
 
 import torch
 
-from kdcache.errors import MissingExtraError, UsageError
+from kdcache.errors import MissingExtraError
 from kdcache.train.mixing import Mix
+from kdcache.train.pipeline_text import MIXES, canonical, parsed
 from kdcache.train.replay import Replay
 from kdcache.train.tensor_transforms import Erase, Noise, Shift
 
-_PART = re.compile(r"([a-z_]+)([0-9]+(?:\.[0-9]+)?)?")
-_DEFAULTS = {"crop": 4.0, "randaug": 9.0, "shift": 2.0, "noise": 0.1, "erase": 0.5, "mixup": 0.2, "cutmix": 1.0}
 _VISION = ("torchvision", "PIL")  # packages that a part calls, for the provenance
-MIXES: tuple[Literal["mixup", "cutmix"], ...] = ("mixup", "cutmix")
 
 
 def named(text: str, *, seed: int = 0) -> Replay:
@@ -42,43 +39,14 @@ def named(text: str, *, seed: int = 0) -> Replay:
     """
     parts: list[Any] = []
     mix: Mix | None = None
-    for name, number in _parsed(text):
+    for name, number in parsed(text):
         if name in MIXES:
             assert number is not None
             mix = Mix(name, number)
         else:
             parts.append(_PARTS[name](number))
     transform = None if not parts else parts[0] if len(parts) == 1 else Chain(tuple(parts))
-    return Replay(transform, seed=seed, name=",".join(w.strip() for w in text.split(",")), is_named=True, mix=mix)
-
-
-def canonical(text: str) -> str:
-    """The text of a named pipeline with all its numbers: equal for equal pipelines.
-
-    >>> canonical("crop, hflip,mixup0.20")
-    'crop4,hflip,mixup0.2'
-    """
-    return ",".join(name if number is None else f"{name}{number:.12g}" for name, number in _parsed(text))
-
-
-def _parsed(text: str) -> list[tuple[str, float | None]]:
-    """Names and numbers of the parts in order."""
-    parsed: list[tuple[str, float | None]] = []
-    for word in text.split(","):
-        match = _PART.fullmatch(word.strip())
-        name, number = (match[1], match[2]) if match else (word.strip(), None)
-        if parsed and parsed[-1][0] in MIXES:
-            raise UsageError(
-                f"--augment {text!r:.200}: {parsed[-1][0]} mixes finished views, so it must be the last part"
-            )
-        if name not in (*_PARTS, *MIXES):
-            raise UsageError(
-                f"--augment {text!r:.200}: no part is called {name!r:.50}; there are "
-                f"{', '.join((*_PARTS, *MIXES))}, each with an optional number, or "
-                "module:factory for a transform of your own"
-            )
-        parsed.append((name, _number(text, word.strip(), name, number)))
-    return parsed
+    return Replay(transform, seed=seed, name=canonical(text), is_named=True, mix=mix)
 
 
 @final
@@ -144,22 +112,6 @@ def torchvision_transforms() -> Any:
             "release and one build (both for the CPU, or both for CUDA)"
         ) from error
     return v2
-
-
-def _number(text: str, word: str, name: str, number: str | None) -> float | None:
-    whole = name in ("crop", "rrc", "randaug", "shift")
-    if name == "hflip" and number is not None:
-        raise UsageError(f"--augment {text!r:.200}: hflip takes no number, found {word!r:.50}")
-    if number is None:
-        return _DEFAULTS.get(name)
-    value = float(number)
-    if whole and not value.is_integer():
-        raise UsageError(f"--augment {text!r:.200}: {name} takes a whole number, found {number:.20}")
-    limits = {"crop": (1, 1024), "rrc": (1, 16384), "randaug": (0, 30), "shift": (1, 4096), "erase": (0, 1)}
-    low, high = limits.get(name, (0, 1e6))
-    if not low <= value <= high:
-        raise UsageError(f"--augment {text!r:.200}: {name} takes a number from {low:g} to {high:g}, found {number:.20}")
-    return value
 
 
 @final

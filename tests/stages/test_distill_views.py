@@ -198,7 +198,7 @@ def test_validation_data_are_never_augmented(task: Any, make_cache: Any) -> None
     assert result.last["val_accuracy"] == pytest.approx(right)
     measured = distill(replace(options, val_cache=make_cache(None, (0,))))
     assert "agreement" in measured.last
-    with pytest.raises(UsageError, match=r"the pipeline 'noise5,cutmix' .* validation data are never augmented"):
+    with pytest.raises(UsageError, match=r"the pipeline 'noise5,cutmix1' .* validation data are never augmented"):
         distill(replace(options, val_cache=options.cache))
 
 
@@ -219,7 +219,7 @@ def test_the_record_says_which_views_were_seen(make_cache: Any, tmp_path: Path, 
     options = replace(OPTIONS, cache=make_cache(named("shift,mixup", seed=6)), views=2, out=str(tmp_path / "run"))
     distill(replace(options, quiet=False, epochs=1))
     expected = {
-        "augment": "shift,mixup",
+        "augment": "shift2,mixup0.2",
         "named": True,
         "seed": 6,
         "mix": "mixup0.2",
@@ -229,7 +229,7 @@ def test_the_record_says_which_views_were_seen(make_cache: Any, tmp_path: Path, 
     found = json.loads((tmp_path / "run" / "run.json").read_text())["data"]["views"]
     assert {key: value for key, value in found.items() if key != "versions"} == expected
     assert found["versions"]["torch"] == torch.__version__
-    assert "inputs in views of shift,mixup (seed 6): 2 view(s), epoch order" in capsys.readouterr().err
+    assert "inputs in views of shift2,mixup0.2 (seed 6): 2 view(s), epoch order" in capsys.readouterr().err
 
 
 def stop_at(item: int, options: DistillOptions, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -149,6 +149,11 @@ def test_another_pipeline_seed_or_number_of_views_is_another_dump(
         dump(teacher, tmp_path / "teacher", **change)
 
 
+def test_another_spelling_is_the_same_pipeline(teacher: nn.Module, tmp_path: Path) -> None:
+    root = dump(teacher, tmp_path / "teacher").root
+    assert dump(teacher, tmp_path / "teacher", augment="shift, noise0.10").root == root
+
+
 def files_of(out: Path) -> dict[str, tuple[bytes, int]]:
     """Bytes and inode of every shard."""
     return {path.name: (path.read_bytes(), path.stat().st_ino) for path in sorted((out / "shards").iterdir())}

@@ -64,7 +64,7 @@ def test_another_transform_fails_and_is_explained(caches: Any, images: Any, tmp_
     report = verify_data(tmp_path / "c", TensorDataset(images.inputs * 2, torch.tensor(images.labels)), sample=20)
     assert (report.rows, report.inputs_differ, report.labels_differ, report.cause) == (80, 80, 0, "transform")
     with pytest.raises(
-        MismatchError, match=r"in view 0 .*transform\. 80 of the 80 .*pipeline 'shift,noise' with seed 0"
+        MismatchError, match=r"in view 0 .*transform\. 80 of the 80 .*pipeline 'shift2,noise0.1' with seed 0"
     ):
         report.raise_on_error()
 

@@ -113,7 +113,7 @@ def test_another_transform_is_named_with_the_inputs_and_the_pipeline_of_the_dump
     views.provenance["data"]["inputs"] = "RGB / 255"
     message = error_of(other, views)
     assert "transform. 12 of the 12" in message
-    assert "of items that are 'RGB / 255', through the pipeline 'shift,noise0.1' with seed 3." in message
+    assert "of items that are 'RGB / 255', through the pipeline 'shift2,noise0.1' with seed 3." in message
 
 
 def test_one_input_alone_may_also_be_another_content(images: Images, tmp_path: Path) -> None:
