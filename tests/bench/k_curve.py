@@ -1,6 +1,7 @@
 """The K-curve: how many stored views does a student need, against a teacher that answers live?
 
     python tests/bench/k_curve.py --data CIFAR_FOLDER --out RESULTS [--seeds 5] [--rows 4000] [--epochs 32]
+    python tests/bench/k_curve.py --data CIFAR_FOLDER --out RESULTS --plot k_curve.png   # needs matplotlib
 
 CIFAR_FOLDER holds `train/CLASS/*` and `test/CLASS/*`. The training images are cut in two halves by the parity of their
 number: the teacher learns the first, the students a subset of the second, which the teacher never saw. All students
@@ -166,14 +167,22 @@ def run(
 def table(runs: list[dict]) -> str:
     """Mean and 95 % interval of each arm, and of its difference to the live teacher, paired by seed."""
     by_arm = {arm: {run["seed"]: run for run in runs if run["arm"] == arm} for arm in ARMS}
-    lines = ["| student | test accuracy | minus live, paired | epoch |", "|---|---|---|---|"]
+    lines = [
+        "| student | test accuracy | minus live, paired | minus labels_fresh, paired | epoch |",
+        "|---|---|---|---|---|",
+    ]
     for arm, found in by_arm.items():
         if not found:
             continue
         scores = [run["accuracy"] for run in found.values()]
-        pairs = [found[s]["accuracy"] - by_arm["live"][s]["accuracy"] for s in found if s in by_arm["live"]]
+        live, labels = (
+            interval(
+                [found[s]["accuracy"] - by_arm[other][s]["accuracy"] for s in found if s in by_arm[other]], signed=True
+            )
+            for other in ("live", "labels_fresh")
+        )
         epoch = float(np.median([run["epoch_seconds"] for run in found.values()]))
-        lines.append(f"| {arm} | {interval(scores)} | {interval(pairs, signed=True)} | {epoch:.2f} s |")
+        lines.append(f"| {arm} | {interval(scores)} | {live} | {labels} | {epoch:.2f} s |")
     return "\n".join(lines)
 
 
@@ -183,6 +192,38 @@ def interval(values: list[float], *, signed: bool = False) -> str:
         return "" if not values else f"{values[0]:.4f}"
     half = T_95.get(len(values), 2.0) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
     return f"{np.mean(values):{'+' if signed else ''}.4f} ± {half:.4f}"
+
+
+def plot(runs: list[dict], path: Path) -> None:
+    """Accuracy over K, with the other students as lines across; needs matplotlib."""
+    import matplotlib.pyplot as plt
+
+    def mean_and_half(arm: str) -> tuple[float, float]:
+        values = [100 * run["accuracy"] for run in runs if run["arm"] == arm]
+        return float(np.mean(values)), T_95[len(values)] * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+
+    figure, axes = plt.subplots(figsize=(6.4, 4))
+    points = [mean_and_half(f"K={k}") for k in CACHED]
+    axes.errorbar(CACHED, [m for m, _ in points], [h for _, h in points], fmt="o-", capsize=3, label="K cached views")
+    for arm, label in (
+        ("live", "live teacher, fresh views"),
+        ("not_replayed", "cached, crop not replayed"),
+        ("labels_fresh", "labels, fresh views"),
+    ):
+        mean, half = mean_and_half(arm)
+        (line,) = axes.plot([CACHED[0], CACHED[-1]], [mean, mean], "--", label=label)
+        axes.fill_between([CACHED[0], CACHED[-1]], mean - half, mean + half, color=line.get_color(), alpha=0.15)
+    labels = [mean_and_half(f"labels_{k}") for k in (1, 8)]
+    axes.errorbar(
+        (1, 8), [m for m, _ in labels], [h for _, h in labels], fmt="s:", capsize=3, label="labels, K fixed views"
+    )
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(CACHED, [str(k) for k in CACHED])
+    axes.set_xlabel("views K of each sample")
+    axes.set_ylabel("test accuracy, % (95 % interval over seeds)")
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
 def main() -> None:
@@ -198,10 +239,17 @@ def main() -> None:
     parser.add_argument("--teacher", default="BASE", choices=sorted(CNN_WIDTHS))
     parser.add_argument("--student", default="SMALL", choices=sorted(CNN_WIDTHS))
     parser.add_argument("--arms", default=",".join(ARMS))
+    parser.add_argument("--plot", type=Path, help="draw the curve of RESULTS/runs.jsonl there, and train nothing")
     parser.add_argument("--part", default="0/1", help="I/N: take every N-th run, for several processes")
     options = parser.parse_args()
     if options.epochs < 4 * max(CACHED):
         print("with fewer epochs than 4 K, e mod K is nearly a live teacher", file=sys.stderr)
+    log = options.out / "runs.jsonl"
+    if options.plot is not None:
+        runs = [json.loads(line) for line in log.read_text().splitlines()]
+        plot(runs, options.plot)
+        print(table(runs))
+        return
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
     train, test = options.data / "train", load(options.data / "test", limit=options.test_rows)
@@ -226,7 +274,6 @@ def main() -> None:
         "bytes_a_view": sum(p.stat().st_size for p in cache_path.rglob("*.h5")) / VIEWS / len(data),
     }
     print(json.dumps(facts), flush=True)
-    log = options.out / "runs.jsonl"
     runs = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     done = {(run["arm"], run["seed"]) for run in runs}
     wanted = [(arm, seed) for seed in range(options.seeds) for arm in options.arms.split(",")]
