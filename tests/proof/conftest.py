@@ -24,6 +24,18 @@ def dumps(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     runs.end_sessions()
 
 
+@pytest.fixture(scope="module")
+def fast() -> Iterator[None]:
+    """Equal dates, and no waiting for the disk (tests/store/test_posix.py looks at the order of the calls)."""
+    from kdcache.store import posix
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+        patch.setattr(posix, "fsync", lambda fd: None)
+        patch.setattr(posix, "fsync_folder", lambda folder: None)
+        yield
+
+
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Any]:
     """A disk of 18 MiB in memory."""

@@ -12,7 +12,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +22,12 @@ from damage import FILES, FOLDERS, REFUSALS, Recipe, Subject, Subjects, bits_of,
 
 from kdcache.errors import KDCacheError
 from kdcache.store import cache as caches
-from kdcache.store import posix
 from kdcache.store.verify import verify
 from kdcache.store.writer import Writer
 
 RECIPES = pytest.mark.parametrize("recipe", [*FOLDERS, *FILES], ids=str)
 FLIPS = 1_300  # of each form
-
-
-@pytest.fixture(scope="module", autouse=True)
-def fast() -> Iterator[None]:
-    """Equal dates, and no waiting for the disk (tests/store/test_posix.py looks at the order of the calls)."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SOURCE_DATE_EPOCH", "1700000000")
-        patch.setattr(posix, "fsync", lambda fd: None)
-        patch.setattr(posix, "fsync_folder", lambda folder: None)
-        yield
+pytestmark = pytest.mark.usefixtures("fast")
 
 
 @pytest.fixture(scope="module")

@@ -14,14 +14,9 @@ import pytest
 def finished(dumps: Any, tmp_path: Path) -> dict[str, dict[str, bytes]]:
     """What an uninterrupted dump leaves, as a folder and as one file."""
     from kill_runs import SUFFIXES
-    from precompute_runs import contents
+    from precompute_runs import uninterrupted
 
-    found = {}
-    for suffix in SUFFIXES:
-        out = tmp_path / "uninterrupted" / f"teacher{suffix}"
-        dumps.here(out)
-        found[suffix] = contents(out)
-    return found
+    return uninterrupted(dumps, tmp_path, SUFFIXES)
 
 
 def test_a_kill_at_a_random_moment_costs_the_shard_in_hand_and_no_byte_of_the_cache(

@@ -11,7 +11,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,6 @@ from structured import Kind, effective
 
 from kdcache.errors import MismatchError
 from kdcache.store import cache as caches
-from kdcache.store import posix
 from kdcache.store.verify import verify
 
 EVERYWHERE = (*FOLDERS, *FILES, *LARGE)
@@ -51,16 +50,7 @@ SHARD_KINDS = (
     structured.manifests_of_another_dump,
     structured.misdirected_writes,
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def fast() -> Iterator[None]:
-    """Equal dates, and no waiting for the disk (tests/store/test_posix.py looks at the order of the calls)."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SOURCE_DATE_EPOCH", "1700000000")
-        patch.setattr(posix, "fsync", lambda fd: None)
-        patch.setattr(posix, "fsync_folder", lambda folder: None)
-        yield
+pytestmark = pytest.mark.usefixtures("fast")
 
 
 @pytest.fixture(scope="module")

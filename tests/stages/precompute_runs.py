@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,16 @@ def contents(path: Path) -> dict[str, bytes]:
         return {path.suffix: path.read_bytes(), **{name: b"" for name in others}}
     files = [file for file in path.rglob("*") if file.is_file() and file.name != ".lock"]
     return {str(file.relative_to(path)): file.read_bytes() for file in files}
+
+
+def uninterrupted(dumps: Dumps, folder: Path, suffixes: Sequence[str]) -> dict[str, dict[str, bytes]]:
+    """What dumps leave that nothing interrupts, by the suffix of their names."""
+    found = {}
+    for suffix in suffixes:
+        out = folder / "uninterrupted" / f"teacher{suffix}"
+        dumps.here(out)
+        found[suffix] = contents(out)
+    return found
 
 
 def exit_codes(processes: list[BaseProcess]) -> list[int | None]:

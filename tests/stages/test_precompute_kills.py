@@ -20,14 +20,9 @@ SUFFIXES = ("", ".h5")
 @pytest.fixture
 def finished(dumps: Any, tmp_path: Path) -> dict[str, dict[str, bytes]]:
     """What an uninterrupted dump leaves, as a folder and as one file."""
-    from precompute_runs import contents
+    from precompute_runs import uninterrupted
 
-    found = {}
-    for suffix in SUFFIXES:
-        out = tmp_path / "uninterrupted" / f"teacher{suffix}"
-        dumps.here(out)
-        found[suffix] = contents(out)
-    return found
+    return uninterrupted(dumps, tmp_path, SUFFIXES)
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
