@@ -117,7 +117,10 @@ def test_a_view_that_was_not_replayed_is_noticed(images: Images, tmp_path: Path)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"augment": "shift,noise", "views": 2, "seed": 4}, "with seed 3, and augment= is 'shift2,noise0.1' with seed 4"),
+        (
+            {"augment": "shift,noise", "views": 2, "seed": 4},
+            "with seed 3, and augment= is 'shift2,noise0.1' with seed 4",
+        ),
         ({"augment": "shift", "views": 2, "seed": 3}, "augment= is 'shift2' with seed 3"),
         ({"augment": "shift,noise", "views": 5, "seed": 3}, r"gives the views \[0, 1, 2, 3, 4\], and c has the views"),
         ({"augment": "shift,noise", "seed": 3}, "gives a new view in each epoch, and c has the views"),
