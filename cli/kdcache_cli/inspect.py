@@ -15,15 +15,22 @@ from kdcache_cli.output import emit
 def command(cache: Path, as_json: bool) -> None:
     """Print what a cache holds: rows, encoding, classes, teacher, data, shards, root hash.
 
-    Reads the manifest, or the header of a one-file cache, and no rows; `kdcache verify` reads everything.
+    Reads the manifest, or the header of a one-file cache; of top-k rows also a thousand, to say how much of the
+    teacher's distribution they capture. `kdcache verify` reads everything.
     """
     from kdcache.store.inspect import describe
 
     summary = describe(cache)
     if not as_json:
-        views = summary["views"]
+        views, captured = summary["views"], dict[str, str]()
         summary["views"] = f"{len(views)} (number {', '.join(map(str, views))})"
-        for name in ("absent_views", "extents"):
-            if not summary[name]:
+        for one in summary.get("captured", ()):
+            least, most = (f"{100 * share:.3g}" for share in one["kl_share"])
+            whole = f"{least} to {most}" if least != most else least
+            captured[f"T = {one['temperature']:g}"] = f"{100 * one['mass']:.3g} % of the mass, {whole} % of the KL"
+        if "captured" in summary:
+            summary["captured"] = captured
+        for name in ("absent_views", "extents", "advice"):
+            if not summary.get(name, True):
                 del summary[name]
     emit(summary, as_json=as_json)

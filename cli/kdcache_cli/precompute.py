@@ -75,7 +75,7 @@ def growth_text(growth: Mapping[str, Any]) -> str:
 def cost_text(result: Mapping[str, Any]) -> str:
     """What a dump would cost, for people."""
     students = result["break_even_students"]
-    return "\n".join(
+    lines = "\n".join(
         [
             "nothing was written (--dry-run)",
             f"size:      {size_text(result['bytes'])} for {result['rows']:,} rows of {result['bytes_per_row']:,} bytes",
@@ -87,6 +87,9 @@ def cost_text(result: Mapping[str, Any]) -> str:
             f"number {students} of {result['epochs']} epochs",
         ]
     )
+    if result["factored"] is None:
+        return lines
+    return f"{lines}\nsmaller:   --factored {result['factored']} stores the input of that layer, and the layer once"
 
 
 def size_text(count: int) -> str:

@@ -35,7 +35,8 @@ def record_options(record: type[Any]) -> list[click.Parameter]:
 
 def _option(field: dataclasses.Field[Any]) -> RecordOption:
     kind = str(field.type).removesuffix(" | None")
-    is_flag = kind == "bool"
+    is_flag, repeats = kind == "bool", kind.startswith("tuple[")
+    kind = kind.removeprefix("tuple[").removesuffix(", ...]")
     choices = field.metadata.get("choices")
     settings: dict[str, Any] = (
         {"is_flag": True} if is_flag else {"type": click.Choice(choices) if choices else TYPES[kind]}
@@ -44,7 +45,8 @@ def _option(field: dataclasses.Field[Any]) -> RecordOption:
         [f"--{field.name.replace('_', '-')}", field.name],
         group=field.metadata["group"],
         default=field.default,
-        show_default=not is_flag and field.default is not None,
+        multiple=repeats,
+        show_default=not is_flag and not repeats and field.default is not None,
         help=field.metadata["help"],
         **settings,
     )

@@ -105,6 +105,10 @@ class Encoding(ABC):
             UsageError: the encoding does not hold the logits of all classes.
         """
 
+    def flaw(self, arrays: dict[str, np.ndarray]) -> str | None:
+        """What no writer stores in these rows, beside NaN and +inf; None where they are sound."""
+        return None
+
     def top_class(self, arrays: dict[str, Any]) -> Any:
         """(N, ...) the class of the largest logit, the first of equals; NumPy arrays and tensors alike."""
         return self.decode(arrays).argmax(1)

@@ -12,12 +12,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from kdcache.errors import CorruptCacheError, UsageError
+from kdcache.format.factored import Factored
 from kdcache.format.identity import canonical_json
 from kdcache.format.manifest import HEX64, ClassList, check_version, parse_classes, parse_provenance
 from kdcache.format.schema import FORMAT_VERSION, MAX_ATTRIBUTE_BYTES, MAX_VIEWS, RowSchema, schema_from_json
 from kdcache.format.strict_json import load_json
 
 PENDING_DIGEST = "0" * 64
+NO_ONE_FILE = (
+    "factored rows need the teacher's last layer beside them (head.h5), so they have no one-file form: use a folder, a "
+    "name that does not end in .h5"
+)
 MAX_HEADER_BYTES = MAX_ATTRIBUTE_BYTES - 1000
 
 
@@ -56,8 +61,10 @@ class FileHeader:
         """The attribute text; class names are left out where they do not fit.
 
         Raises:
-            UsageError: the provenance alone is above the limit of a header.
+            UsageError: the provenance alone is above the limit of a header, or rows that need another file.
         """
+        if isinstance(self.schema.encoding, Factored):
+            raise UsageError(NO_ONE_FILE)
         for with_names in (True, False):
             text = canonical_json(
                 {
@@ -93,6 +100,8 @@ def parse_file_header(text: str, *, rows: int, where: str) -> FileHeader:
         raise CorruptCacheError(f"{where}: this is one shard of a folder cache; open the folder that it belongs to")
     check_version(value, kind="cache", where=where)
     schema = schema_from_json(value, where=where)
+    if isinstance(schema.encoding, Factored):
+        raise CorruptCacheError(f"{where}: {NO_ONE_FILE}")
     samples, views, ids = value.get("samples"), value.get("views"), value.get("ids")
     if not isinstance(views, list) or not views or not all(type(v) is int and 0 <= v < MAX_VIEWS for v in views):
         raise CorruptCacheError(f"{where}: views must be a list of numbers below {MAX_VIEWS}")

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kdcache.errors import CorruptCacheError, UsageError
-from kdcache.format.arrays import ArrayLayout
+from kdcache.format.arrays import ArrayLayout, layouts_from_json, layouts_to_json
+from kdcache.format.head import HeadRecord, parse_head
 from kdcache.format.identity import canonical_json, fingerprint
 from kdcache.format.schema import FORMAT_VERSION, MAX_ROWS, MAX_VIEWS, RowSchema, schema_from_json
 from kdcache.format.strict_json import load_json
@@ -115,7 +116,7 @@ class ShardRecord:
             "size": self.size,
             "sha256": self.sha256,
             "header_blake2b": self.header_blake2b,
-            "arrays": {n: [a.offset, a.dtype, list(a.shape)] for n, a in self.arrays.items()},
+            "arrays": layouts_to_json(self.arrays),
             "ids": list(self.ids) if self.ids else None,
             "clamped": self.clamped,
         }
@@ -125,7 +126,8 @@ class ShardRecord:
 class Manifest:
     """A folder cache as a whole; `shards` are ordered by (view, start).
 
-    `extents` are the sample counts at which it was finished, where it grew since (see `tiling`).
+    `extents` are the sample counts at which it was finished, where it grew since (see `tiling`). `head` is the last
+    layer that factored rows need, None beside other rows.
     """
 
     schema: RowSchema
@@ -138,6 +140,7 @@ class Manifest:
     created: str | None = None
     predecessor: str | None = None
     extents: tuple[int, ...] = ()
+    head: HeadRecord | None = None
     root: str = field(default="", compare=False)
 
     def _body(self) -> dict[str, Any]:
@@ -150,6 +153,7 @@ class Manifest:
             "views": list(self.views),
             "shard_rows": self.shard_rows,
             **({"extents": list(self.extents)} if self.extents else {}),
+            **({"head": self.head.to_json()} if self.head else {}),
             "provenance": self.provenance,
             "predecessor": self.predecessor,
             "shards": [s.to_json() for s in self.shards],
@@ -214,6 +218,7 @@ def parse_manifest(text: bytes, *, where: str) -> Manifest:
         created=created,
         predecessor=predecessor,
         extents=extents,
+        head=parse_head(value.get("head"), schema.encoding, where=where),
         root=value["root"],
     )
 
@@ -298,7 +303,7 @@ def parse_shard(value: Any, schema: RowSchema, *, where: str) -> ShardRecord:
     for key in ("sha256", "header_blake2b"):
         if not isinstance(value[key], str) or not HEX64.fullmatch(value[key]):
             raise CorruptCacheError(f"{where}: {key} is not 64 hexadecimal digits")
-    arrays = _parse_arrays(value["arrays"], where=where)
+    arrays = layouts_from_json(value["arrays"], where=where)
     schema.check_arrays(arrays, stop - start, size, where=where)
     ids = value["ids"]
     if ids is not None:
@@ -319,23 +324,6 @@ def parse_shard(value: Any, schema: RowSchema, *, where: str) -> ShardRecord:
         ids=tuple(ids) if ids else None,
         clamped=clamped,
     )
-
-
-def _parse_arrays(value: Any, *, where: str) -> dict[str, ArrayLayout]:
-    if not isinstance(value, dict) or len(value) > 32:
-        raise CorruptCacheError(f"{where}: arrays must be an object of at most 32 entries")
-    arrays = {}
-    for name, entry in value.items():
-        shaped = isinstance(entry, list) and len(entry) == 3 and type(entry[0]) is int and isinstance(entry[1], str)
-        if not shaped or not isinstance(entry[2], list) or not _is_shape(entry[2]):
-            raise CorruptCacheError(f"{where}: array {name!r:.80} needs [offset, type, shape]")
-        arrays[name] = ArrayLayout(name, entry[1], tuple(entry[2]), entry[0])
-    return arrays
-
-
-def _is_shape(value: list[Any]) -> bool:
-    """Whether it is a list of one or more integers from 0 to 2**48 - 1; a manifest has up to 60,000 of them."""
-    return {int} == set(map(type, value)) and min(value) >= 0 and max(value) < 2**48
 
 
 def _check_ranges(records: tuple[ShardRecord, ...], views: tuple[int, ...], tiling: Tiling, *, where: str) -> None:

@@ -19,6 +19,7 @@ from kdcache.format.arrays import ArrayLayout, ArraySpec
 from kdcache.format.encoding import Encoding
 from kdcache.format.encodings import encoding_from_json
 from kdcache.format.hdf5_messages import PAGED_ARRAY_BYTES, alignment
+from kdcache.format.topk import TopK
 
 FORMAT_VERSION = 1
 MAX_ATTRIBUTE_BYTES = 60_000
@@ -65,6 +66,11 @@ class RowSchema:
         return (*(n for n in names if n not in payload), *reversed(payload))
 
     @property
+    def labels_kept(self) -> int:
+        """Labels whose logits `topk` keeps: `label` and `label_b`, and none of dense prediction, whose are maps."""
+        return 0 if len(self.encoding.row_shape) > 1 else int(self.has_labels) + int(self.is_mixed)
+
+    @property
     def row_bytes(self) -> int:
         """Bytes of one row over all arrays."""
         return sum(s.row_bytes for s in self.specs)
@@ -93,26 +99,36 @@ class RowSchema:
         Raises:
             CorruptCacheError: naming the array and what is wrong with it.
         """
-        expected = self._by_name
-        if arrays.keys() != expected.keys():
-            raise CorruptCacheError(f"{where}: arrays {sorted(arrays)!r:.200}, expected {sorted(expected)}")
-        spans = [(0, 0, "")]
-        for name, layout in arrays.items():
-            spec = expected[name]
-            if layout.dtype != spec.dtype or layout.shape != spec.shape(rows):
-                found = f"{layout.dtype!r:.30} {layout.shape!r:.80}"
-                raise CorruptCacheError(f"{where}: array {name} is {found}, expected {spec.dtype} {spec.shape(rows)}")
-            start, stop = layout.offset, layout.stop
-            if start < 0 or stop > size:
-                raise CorruptCacheError(f"{where}: array {name} lies outside the file of {size} bytes")
-            if stop - start >= PAGED_ARRAY_BYTES and start % alignment(stop - start):
-                raise CorruptCacheError(f"{where}: array {name} starts at byte {start}, which is misaligned")
-            spans.append((start, stop, name))
-        for (_, stop, first), (start, _, second) in pairwise([*sorted(spans), (size, size, "")]):
-            if start < stop:
-                raise CorruptCacheError(f"{where}: arrays {first} and {second} overlap")
-            if start - stop > MAX_GAP_BYTES:
-                raise CorruptCacheError(f"{where}: {start - stop} bytes from byte {stop} on belong to no array")
+        check_layout(self._by_name, arrays, rows, size, where=where)
+
+
+def check_layout(
+    expected: Mapping[str, ArraySpec], arrays: Mapping[str, ArrayLayout], rows: int, size: int, *, where: str
+) -> None:
+    """Refuses a layout that is not exactly these arrays, by name: see `RowSchema.check_arrays`.
+
+    Raises:
+        CorruptCacheError: naming the array and what is wrong with it.
+    """
+    if arrays.keys() != expected.keys():
+        raise CorruptCacheError(f"{where}: arrays {sorted(arrays)!r:.200}, expected {sorted(expected)}")
+    spans = [(0, 0, "")]
+    for name, layout in arrays.items():
+        spec = expected[name]
+        if layout.dtype != spec.dtype or layout.shape != spec.shape(rows):
+            found = f"{layout.dtype!r:.30} {layout.shape!r:.80}"
+            raise CorruptCacheError(f"{where}: array {name} is {found}, expected {spec.dtype} {spec.shape(rows)}")
+        start, stop = layout.offset, layout.stop
+        if start < 0 or stop > size:
+            raise CorruptCacheError(f"{where}: array {name} lies outside the file of {size} bytes")
+        if stop - start >= PAGED_ARRAY_BYTES and start % alignment(stop - start):
+            raise CorruptCacheError(f"{where}: array {name} starts at byte {start}, which is misaligned")
+        spans.append((start, stop, name))
+    for (_, stop, first), (start, _, second) in pairwise([*sorted(spans), (size, size, "")]):
+        if start < stop:
+            raise CorruptCacheError(f"{where}: arrays {first} and {second} overlap")
+        if start - stop > MAX_GAP_BYTES:
+            raise CorruptCacheError(f"{where}: {start - stop} bytes from byte {stop} on belong to no array")
 
 
 def schema_from_json(value: Mapping[str, Any], *, where: str) -> RowSchema:
@@ -136,6 +152,10 @@ def schema_from_json(value: Mapping[str, Any], *, where: str) -> RowSchema:
     if "mixed" in value and (value["mixed"] is not True or not labels):
         raise CorruptCacheError(f"{where}: mixed stands there only as true, and only beside labels")
     schema = RowSchema(encoding, id_dtype, labels, digests, "mixed" in value)
+    if isinstance(encoding, TopK) and encoding.labels != schema.labels_kept:
+        raise CorruptCacheError(
+            f"{where}: the encoding keeps the logits of {encoding.labels} labels a row, expected {schema.labels_kept}"
+        )
     if schema.row_bytes >= MAX_ROW_BYTES:
         raise CorruptCacheError(f"{where}: a row of {schema.row_bytes} bytes, HDF5 stores less than {MAX_ROW_BYTES}")
     return schema

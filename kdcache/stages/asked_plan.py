@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kdcache.errors import UsageError
+from kdcache.format.headers import NO_ONE_FILE
 from kdcache.stages.precompute_options import PrecomputeOptions
 from kdcache.stages.specs import recorded_spec
 from kdcache.store.occupant import Occupant, occupant
@@ -29,12 +30,21 @@ def check_path(out: Path, options: PrecomputeOptions) -> None:
         options: their `teacher` is None where a module was passed in its stead.
 
     Raises:
-        UsageError: `out` holds something that is not a cache; `overwrite` by one of several processes.
+        UsageError: `out` holds something that is not a cache; `overwrite` by one of several processes; factored rows
+            in one file, or of an exported program.
         MismatchError: it holds another dump; the message names the field that differs, and a process at work on it.
     """
     folder, one_file = dump_folder_of(out)
     if one_file and is_folder(out):
         raise UsageError(f"{out} is a folder; a name in .h5 makes one file: choose another --out")
+    if options.factored is not None:
+        if one_file:
+            raise UsageError(f"--factored goes with a folder only, not with {out}: {NO_ONE_FILE}")
+        if (options.teacher or "").startswith("pt2:"):
+            raise UsageError(
+                f"--factored {options.factored} needs the teacher's modules, and an exported program (pt2:) has none: "
+                "give the teacher as module:factory"
+            )
     refuse_foreign(folder)
     if options.overwrite:
         if options.shard is not None or discover().world_size > 1:
@@ -78,13 +88,28 @@ def asked_plan(options: PrecomputeOptions, found: Occupant) -> dict[str, Any]:
     if options.augment is not None and ":" not in options.augment:
         provenance["views"] = {"augment": canonical(options.augment), "seed": options.seed}
     plan: dict[str, Any] = {
-        "encoding": {"dtype": options.dtype},
+        "encoding": asked_encoding(options, found),
         "provenance": provenance,
         "views": list(range(options.views)),
     }
+    if options.factored is not None:
+        plan["encoding"] = {"name": "factored"}
+        provenance["layer"] = options.factored
     if options.shard_rows is not None:
         plan["shard_rows"] = options.shard_rows
     return plan
+
+
+def asked_encoding(options: PrecomputeOptions, found: Occupant) -> dict[str, Any]:
+    """The part of `encoding` that the options decide; of a teacher with K classes or fewer all logits are kept."""
+    if options.top_k is None:
+        return {"name": "dense", "dtype": options.dtype}
+    if found.field("encoding", "name") != "topk":
+        return {"name": "topk"}  # the first thing to be said where the dump holds other rows
+    shape, choice = found.field("encoding", "shape"), options.encoding
+    classes = shape[0] if isinstance(shape, list) and shape else options.top_k
+    kept = choice.of((max(2, classes),)).to_json()
+    return {name: kept[name] for name in ("name", "dtype", "k", "temperatures")}
 
 
 def _name_and_size(path: Path) -> dict[str, Any]:

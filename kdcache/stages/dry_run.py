@@ -8,8 +8,10 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+from kdcache.format.dense import Dense
 from kdcache.stages.dump_feed import Claim, ShardBatches, batches, worker_deaths
-from kdcache.stages.dump_plan import Job, forward
+from kdcache.stages.dump_plan import Job, labels_to_keep
+from kdcache.stages.last_layer import smaller_layer
 from kdcache.stages.preflight import free_bytes, planned_bytes
 from kdcache.train.encode import encode
 
@@ -31,6 +33,7 @@ class DryRun:
         break_even_epochs: epochs of one student with a live teacher that cost as much as the dump.
         break_even_students: students of `epochs` epochs after which the dump has paid for itself.
         epochs: that estimate's epochs a student.
+        factored: the teacher's last linear layer, where `--factored` with it would make smaller rows; None where not.
     """
 
     rows: int
@@ -43,6 +46,7 @@ class DryRun:
     break_even_epochs: float
     break_even_students: int
     epochs: int
+    factored: str | None = None
 
 
 def measure(job: Job, out: Path) -> DryRun:
@@ -59,7 +63,8 @@ def measure(job: Job, out: Path) -> DryRun:
             if number == 1:  # the first batch pays for warming up; it counts only where it is the only one
                 begun, forwarded, done = begun + elapsed, 0.0, 0
             tick = time.perf_counter()
-            encode(plan.schema.encoding, forward(job.teacher.module, fed.inputs, job.device, options)).bad.cpu()
+            logits, inputs = job.forward(fed.inputs)
+            encode(plan.schema.encoding, logits, labels_to_keep(fed, plan.schema, job.device), inputs=inputs).bad.cpu()
             now = time.perf_counter()
             forwarded, elapsed, done = forwarded + now - tick, now - begun, done + stop - start
             if elapsed > _MEASURE_SECONDS:
@@ -78,4 +83,13 @@ def measure(job: Job, out: Path) -> DryRun:
         break_even_epochs=round(epochs, 2),
         break_even_students=max(1, math.ceil(epochs / options.epochs)),
         epochs=options.epochs,
+        factored=_smaller(job),
     )
+
+
+def _smaller(job: Job) -> str | None:
+    """Only where all logits are asked for in float16: other rows are smaller or more exact, and meant to be."""
+    encoding = job.plan.schema.encoding
+    if not isinstance(encoding, Dense) or encoding.dtype != "float16":
+        return None
+    return smaller_layer(job.teacher.module, encoding.row_shape, job.plan.schema.payload_row_bytes)

@@ -15,19 +15,23 @@ from kdcache.errors import DataError, LogitsError, StorageError, UsageError
 from kdcache.format.identity import ids_sha256
 from kdcache.format.manifest import ClassList
 from kdcache.format.schema import RowSchema
+from kdcache.format.topk import TopK
 from kdcache.stages.amp import autocast
 from kdcache.stages.calling import call_model, move_to_device
 from kdcache.stages.data import LoadedData
 from kdcache.stages.devices import pick_device
 from kdcache.stages.dump_feed import DumpItems, Fed, collate
 from kdcache.stages.growth import StoredOrder
+from kdcache.stages.last_layer import LastLayer, last_layer
 from kdcache.stages.precompute_options import PrecomputeOptions
 from kdcache.stages.preflight import existing_folder
 from kdcache.stages.teachers import LoadedTeacher
+from kdcache.store.head_writer import HeadContent
 from kdcache.store.incoming import plain_provenance
 from kdcache.store.occupant import occupant
 from kdcache.store.plan import Plan, default_shard_rows, same_source
 from kdcache.store.versions import versions
+from kdcache.train.encode_features import LayerInputs
 from kdcache.train.replay import Replay
 
 
@@ -41,6 +45,12 @@ class Job:
     sample_ids: np.ndarray
     device: torch.device
     options: PrecomputeOptions
+    layer: LastLayer | None = None
+    head: HeadContent | None = None
+
+    def forward(self, inputs: Any) -> tuple[Tensor, LayerInputs | None]:
+        """Raw logits of a batch on the device, and of a factored dump what went into the teacher's last layer."""
+        return run_teacher(self.teacher.module, inputs, self.device, self.options, self.layer)
 
 
 def early_checks(
@@ -103,8 +113,8 @@ def make_job(
     """Runs the teacher on one batch to learn what it returns, and writes the plan down.
 
     Raises:
-        LogitsError: the output is not (N, C) or (N, C, ...).
-        UsageError: a batch size that the teacher cannot take.
+        LogitsError: the output is not (N, C) or (N, C, ...), or of a factored dump not that of the last layer.
+        UsageError: a batch size that the teacher cannot take; no such layer.
     """
     if teacher.max_batch is not None and options.batch_size > teacher.max_batch:
         raise UsageError(
@@ -113,11 +123,14 @@ def make_job(
     device = pick_device(options.device)
     items = DumpItems(data.dataset, sample_ids, teacher.transform, replay)
     probe = feed(items, list(range(min(2, len(items)))))
-    logits = forward(teacher.module.to(device), probe.inputs, device, options)
+    layer = None if options.factored is None else last_layer(teacher.module, options.factored)
+    logits, inputs = run_teacher(teacher.module.to(device), probe.inputs, device, options, layer)
     row_shape = check_logits(logits, rows=min(2, len(items)))
     is_mixed = replay is not None and replay.mix is not None
     labels = 0 if probe.labels is None else 2 if is_mixed else 1
-    encoding = options.encoding.of(row_shape, labels=labels)
+    encoding, head = options.encoding.of(row_shape, labels=labels), None
+    if layer is not None and inputs is not None:
+        encoding, head = layer.encoding_of(logits, inputs)
     schema = RowSchema(encoding, id_dtype_of(sample_ids), probe.labels is not None, True, is_mixed)
     names = data.classes if data.classes is not None and len(data.classes) == encoding.num_classes else None
     provenance = plain_provenance(  # a name that is no text, such as a file's that is not UTF-8, could not be read back
@@ -126,6 +139,7 @@ def make_job(
             "data": data_identity(data, sample_ids, replay),
             **({} if replay is None else {"views": replay.describe()}),
             "output_key": options.output_key,
+            **({} if layer is None else {"layer": layer.name}),
             "transform": None if teacher.transform is None else describe_transform(teacher.transform),
             "teacher_seen": options.teacher_saw,
             "licence": options.licence,
@@ -141,8 +155,9 @@ def make_job(
         provenance=provenance,
         views=tuple(range(options.views)),
         extents=() if order is None else order.extents,
+        head=None if head is None else head.record,
     )
-    return Job(plan, teacher, items, sample_ids, device, options)
+    return Job(plan, teacher, items, sample_ids, device, options, layer, head)
 
 
 def id_dtype_of(sample_ids: np.ndarray) -> str:
@@ -181,6 +196,25 @@ def forward(model: nn.Module, inputs: Any, device: torch.device, options: Precom
     """Raw logits of a batch on the device, in inference mode."""
     with torch.inference_mode(), autocast(options.amp, device):
         return call_model(model, move_to_device(inputs, device), output_key=options.output_key, what="teacher")
+
+
+def labels_to_keep(fed: Fed, schema: RowSchema, device: torch.device) -> Tensor | None:
+    """(N, L) int64 labels whose logits a top-k row keeps in any case, -1 where there is none; None where L is 0."""
+    count = schema.labels_kept
+    if not count or not isinstance(schema.encoding, TopK):
+        return None
+    none = np.full(len(fed.digests), -1, np.int64)
+    columns = [none if column is None else column for column in (fed.labels, fed.label_b)[:count]]
+    return torch.from_numpy(np.stack(columns, axis=1)).to(device, non_blocking=True)
+
+
+def run_teacher(
+    model: nn.Module, inputs: Any, device: torch.device, options: PrecomputeOptions, layer: LastLayer | None
+) -> tuple[Tensor, LayerInputs | None]:
+    """The same, with what went into a layer on the way."""
+    if layer is None:
+        return forward(model, inputs, device, options), None
+    return layer.run(lambda: forward(model, inputs, device, options))
 
 
 def check_logits(logits: Tensor, *, rows: int) -> tuple[int, ...]:

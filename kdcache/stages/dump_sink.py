@@ -132,9 +132,10 @@ class ShardSink:
         ids = self._sample_ids[batch.start : batch.stop]
         bad = np.flatnonzero(batch.encoded.bad.numpy())
         if bad.size:
+            unlike = "" if self._dump.plan.head is None else ", or are not what its last layer (--factored) makes"
             raise LogitsError(
-                f"the teacher's logits for sample {show_id(ids[bad[0]])} hold NaN, +inf or -inf alone; check its input "
-                "and weights, or try --amp none. Nothing of this shard was stored"
+                f"the teacher's logits for sample {show_id(ids[bad[0]])} hold NaN, +inf or -inf alone{unlike}; check "
+                "its input and weights, or try --amp none. Nothing of this shard was stored"
             )
         claim, schema = batch.claim, self._dump.plan.schema
         if self._container is None:

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 
 from kdcache.errors import DataError, InterruptedRunError, KDCacheError, MismatchError, StorageError, UsageError
-from kdcache.format.encodings import EncodingChoice
 from kdcache.format.schema import RowSchema
 from kdcache.stages.import_arrays import (
     as_logits,
@@ -132,6 +131,8 @@ def _write(
         options.out,
         classes=classes if names is None else names,
         dtype=options.dtype,
+        top_k=options.top_k,
+        temperatures=options.encoding.temperatures,
         shard_rows=options.shard_rows,
         overwrite=options.overwrite,
         provenance=_provenance(file, digest, arrays, options),
@@ -250,7 +251,8 @@ def _check_room(options: ImportOptions, arrays: dict[str, ForeignArray]) -> None
     logits = arrays["logits"]
     rows = logits.shape[0]
     id_dtype = f"|S{_id_bytes(arrays)}" if _id_bytes(arrays) else "<i8"
-    schema = RowSchema(EncodingChoice(options.dtype).of(logits.shape[1:]), id_dtype, "labels" in arrays, False)
+    encoding = options.encoding.of(logits.shape[1:], labels=int("labels" in arrays))
+    schema = RowSchema(encoding, id_dtype, "labels" in arrays, False)
     _, one_file = dump_folder_of(options.out)
     needed = rows * schema.row_bytes * (2 if one_file else 1) + _SPARE_BYTES
     folder = options.out.absolute()

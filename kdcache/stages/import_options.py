@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from kdcache.errors import UsageError
-from kdcache.format.dense import DTYPES
+from kdcache.format.encodings import DTYPES, EncodingChoice
 from kdcache.stages.option import flag, option
-from kdcache.stages.precompute_options import TEACHER_SAW
+from kdcache.stages.precompute_options import DTYPE_HELP, TEACHER_SAW, TEMPERATURES_HELP, TOP_K_HELP, choice_of
 
 LOGITS, LOG_PROBABILITIES, PROBABILITIES = KINDS = ("logits", "log-probabilities", "probabilities")
 _BASE_SECONDS = 60
@@ -36,10 +36,10 @@ class ImportOptions:
     class_names: Path | None = option(None, "JSON list of the ordered class names.", group="arrays")
 
     out: Path | None = option(None, "Folder of the cache, or a name in .h5 for one file.", group="cache")
-    dtype: str = option(
-        "float16", "Stored type; float16 keeps the row maximum apart.", group="cache", choices=tuple(DTYPES)
-    )
-    shard_rows: int | None = option(None, "Rows of a shard (default: up to 256 MiB).", group="cache")
+    dtype: str = option("float16", DTYPE_HELP, group="cache", choices=DTYPES)
+    top_k: int | None = option(None, TOP_K_HELP, group="cache")
+    temperatures: str | None = option(None, TEMPERATURES_HELP, group="cache")
+    shard_rows: int | None = option(None, "Rows of a shard (default: up to 131,072, and 256 MiB).", group="cache")
     teacher_saw: str = option("unknown", "Was the teacher trained on these rows?", group="cache", choices=TEACHER_SAW)
     licence: str | None = option(None, "Licence and terms of the logits, for the card.", group="cache")
     overwrite: bool = option(False, "Replace the cache at --out.", group="cache")
@@ -61,6 +61,12 @@ class ImportOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{flag(name)} must be at least 1, found {value}")
+        choice_of(self.dtype, self.top_k, self.temperatures)
+
+    @property
+    def encoding(self) -> EncodingChoice:
+        """What the options say about the encoding."""
+        return choice_of(self.dtype, self.top_k, self.temperatures)
 
     def seconds_for(self, file_bytes: int) -> int:
         """The time limit for a file of that size."""

@@ -23,7 +23,7 @@ from kdcache.stages.asked_plan import check_path
 from kdcache.stages.devices import torch_threads
 from kdcache.stages.dry_run import DryRun, measure
 from kdcache.stages.dump_feed import Claim, ShardBatches, batches, worker_deaths
-from kdcache.stages.dump_plan import Job, check_logits, early_checks, forward, limited_ids, make_job
+from kdcache.stages.dump_plan import Job, check_logits, early_checks, labels_to_keep, limited_ids, make_job
 from kdcache.stages.dump_sink import EncodedBatch, ShardSink, to_host
 from kdcache.stages.dump_views import check_pipeline, pipeline_of_dump
 from kdcache.stages.growth import Growth, compare_stored, in_order, stored_order
@@ -36,6 +36,7 @@ from kdcache.stages.signals import StopRequest, graceful_signals
 from kdcache.stages.teachers import LoadedTeacher
 from kdcache.store.dump import DumpFolder, open_dump
 from kdcache.store.folder import MANIFEST, read_manifest
+from kdcache.store.head_writer import place_head
 from kdcache.store.locks import FINISH
 from kdcache.store.merge import merge
 from kdcache.store.parts import read_catalog
@@ -168,6 +169,8 @@ def _dump(job: Job, out: Path, stop: StopRequest) -> PrecomputeResult:
         else:
             dump = open_dump(folder, plan, merged=out if one_file else None)
             try:
+                if job.head is not None:
+                    place_head(dump, job.head)
                 computed = 0 if dump.finished else _work_through(dump, job, stop)
                 _finish(dump, plan)
                 if not dump.finished:
@@ -231,10 +234,11 @@ def _one_pass(dump: DumpFolder, job: Job, left: list[int], stop: StopRequest, pr
             for shard, start, stop_at, fed in feed:
                 _check_stop(stop)
                 sink.begin(shard)
-                logits = forward(job.teacher.module, fed.inputs, device, options)
+                logits, inputs = job.forward(fed.inputs)
                 check_logits(logits, rows=stop_at - start)
                 with torch.inference_mode():
-                    encoded, ready = to_host(encode(job.plan.schema.encoding, logits))
+                    labels = labels_to_keep(fed, job.plan.schema, device)
+                    encoded, ready = to_host(encode(job.plan.schema.encoding, logits, labels, inputs=inputs))
                 sink.put(EncodedBatch(shard, start, stop_at, encoded, replace(fed, inputs=None), ready))
                 computed += stop_at - start
         sink.close()

@@ -8,13 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from kdcache.errors import UsageError
-from kdcache.format.dense import DTYPES
-from kdcache.format.encodings import EncodingChoice
+from kdcache.format.encodings import DTYPES, EncodingChoice
+from kdcache.format.topk import temperatures_of
 from kdcache.format.view_seed import MAX_SEED, check_views
 from kdcache.stages.choices import AMP
 from kdcache.stages.option import flag, option
 
 TEACHER_SAW = ("yes", "no", "unknown")
+DTYPE_HELP = "Stored type of all logits; float16 keeps the row maximum apart, int8 and int4 the top 8 in float16."
+TOP_K_HELP = "Store the K largest logits of a row (and its label's), and sums over the others."
+TEMPERATURES_HELP = (
+    "With --top-k: where the sums are taken, such as 1,2,4 (the default); z2 for twice the row's standard deviation."
+)
 
 
 @dataclass(frozen=True)
@@ -34,10 +39,13 @@ class PrecomputeOptions:
     output_key: str | None = option(None, "Where the logits are in the teacher's output.", group="inputs")
     limit: int | None = option(None, "Only the first N samples.", group="inputs")
 
-    dtype: str = option(
-        "float16", "Stored type; float16 keeps the row maximum apart.", group="cache", choices=tuple(DTYPES)
+    dtype: str = option("float16", DTYPE_HELP, group="cache", choices=DTYPES)
+    top_k: int | None = option(None, TOP_K_HELP, group="cache")
+    temperatures: str | None = option(None, TEMPERATURES_HELP, group="cache")
+    factored: str | None = option(
+        None, "Store the input of this layer, the teacher's last nn.Linear, and the layer once.", group="cache"
     )
-    shard_rows: int | None = option(None, "Rows of a shard (default: up to 256 MiB).", group="cache")
+    shard_rows: int | None = option(None, "Rows of a shard (default: up to 131,072, and 256 MiB).", group="cache")
     teacher_saw: str = option("unknown", "Was the teacher trained on these rows?", group="cache", choices=TEACHER_SAW)
     licence: str | None = option(None, "Licence and terms of the logits, for the card.", group="cache")
     augment: str | None = option(
@@ -80,11 +88,23 @@ class PrecomputeOptions:
         if not 0 <= self.seed <= MAX_SEED:
             raise UsageError(f"--seed must be 0 to 2**63 - 1, found {self.seed}")
         share_of(self.shard)
+        choice_of(self.dtype, self.top_k, self.temperatures)
+        if self.factored is not None and (self.dtype != "float16" or self.top_k is not None):
+            raise UsageError("--factored stores float16 features of all classes: leave --dtype and --top-k out")
 
     @property
     def encoding(self) -> EncodingChoice:
         """What the options say about the encoding."""
-        return EncodingChoice(self.dtype)
+        return choice_of(self.dtype, self.top_k, self.temperatures)
+
+
+def choice_of(dtype: str, top_k: int | None, temperatures: str | None) -> EncodingChoice:
+    """The encoding that three options name.
+
+    Raises:
+        UsageError: they cannot be meant, or not together.
+    """
+    return EncodingChoice(dtype, top_k, None if temperatures is None else temperatures_of(temperatures))
 
 
 def options_of(settings: dict[str, Any]) -> PrecomputeOptions:

@@ -57,7 +57,7 @@ def check_space(out: Path, plan: Plan, *, overwrite: bool = False) -> None:
     if left > 0 and free < left + _SPARE_BYTES:
         refusal = (
             f"{out} needs about {_megabytes(left)}, and {_megabytes(_SPARE_BYTES)} to spare, and its disk has "
-            f"{_megabytes(free)} free; free some space, choose another --out, or a smaller --dtype"
+            f"{_megabytes(free)} free; free some space, choose another --out, or a smaller --dtype or --top-k"
         )
     elif left > 0 and files is not None and files < left_files:
         refusal = (
@@ -73,7 +73,7 @@ def least_plan(
 ) -> Plan:
     """The plan of a dump as far as it is known without its teacher.
 
-    Its classes are those of the dump at `out` that goes on, else those that the data set declares, else one; its
+    Its classes are those of the dump at `out` that goes on, else those that the data set declares, else the fewest; its
     other facts are left out: they change no size by more than the length of a header.
     """
     folder, _ = dump_folder_of(out)
@@ -82,9 +82,11 @@ def least_plan(
         if order is None or not order.grows:
             return found if len(found.views) >= len(views) else replace(found, views=views)
         return replace(found, samples=len(sample_ids), extents=order.extents, views=views)
-    shape = (max(1, data.num_classes or 1),)
+    shape = (max(1 if options.top_k is None else 2, (not options.factored and data.num_classes) or 1),)
     id_dtype = "<i8" if sample_ids.dtype.kind == "i" else f"|S{sample_ids.dtype.itemsize}"
-    schema = RowSchema(options.encoding.of(shape), id_dtype, has_labels=bool(data.num_classes), has_digests=True)
+    has_labels = bool(data.num_classes)
+    encoding = options.encoding.of(shape, labels=int(has_labels))
+    schema = RowSchema(encoding, id_dtype, has_labels=has_labels, has_digests=True)
     return Plan(
         schema=schema,
         classes=ClassList.of(shape[0], None),
@@ -96,7 +98,7 @@ def least_plan(
 
 
 def planned_bytes(plan: Plan) -> int:
-    """Bytes of all shards, exactly."""
+    """Bytes of all shards and of the head, exactly."""
     sizes: dict[tuple[int, ...], int] = {}
     total = 0
     for number in range(plan.shard_count):
@@ -107,7 +109,7 @@ def planned_bytes(plan: Plan) -> int:
             header = shard_header(plan.schema, plan.classes, teacher, view=view, start=start, stop=stop)
             sizes[key] = build_layout(plan.schema.specs, stop - start, header).size
         total += sizes[key]
-    return total
+    return total + (plan.head.size if plan.head else 0)
 
 
 def free_bytes(path: Path) -> int:

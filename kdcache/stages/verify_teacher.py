@@ -21,6 +21,7 @@ from torch import nn
 from kdcache.errors import MismatchError
 from kdcache.format.identity import show_id
 from kdcache.stages.choices import AMP
+from kdcache.stages.comparable import comparable
 from kdcache.stages.devices import pick_device
 from kdcache.stages.dump_feed import DumpItems, Fed
 from kdcache.stages.dump_plan import check_logits, feed, forward
@@ -35,7 +36,6 @@ from kdcache.store.cache import open as open_cache
 from kdcache.store.rows import TeacherRows
 from kdcache.train.cache_views import Augment
 from kdcache.train.checks import reason_against_inputs
-from kdcache.train.encode import encode
 
 _BATCH_ROWS = 64
 
@@ -141,7 +141,7 @@ def _compare(
         logits.append(again)
         labels.append(np.full(len(again), NO_LABEL) if fed.labels is None else fed.labels)
         digests.append(fed.digests)
-    differences = relative_differences(np.concatenate(logits), stored.dense())
+    differences = relative_differences(*comparable(np.concatenate(logits), stored))
     there = cache.provenance
     was = there.get("precision", {})
     # Float32 is float32 everywhere; the rounding of bf16 and fp16 differs between kinds of devices.
@@ -175,7 +175,7 @@ def _run(
     device: torch.device,
     options: PrecomputeOptions,
 ) -> Iterator[tuple[np.ndarray, Fed]]:
-    """Raw logits (n, C, ...) float32 of one batch after the other, rounded as they are stored."""
+    """Raw logits (n, C, ...) float32 of one batch after the other."""
     module = teacher.module.to(device)
     rows = min(_BATCH_ROWS, teacher.max_batch or _BATCH_ROWS)
     for start in range(0, len(items), rows):
@@ -187,7 +187,4 @@ def _run(
                 f"the teacher returns {row_shape} values a sample, {cache.path.name} holds {cache.encoding.row_shape}: "
                 "another teacher, or another part of its output (--output-key)"
             )
-        with torch.inference_mode():
-            encoded = encode(cache.encoding, logits)
-            arrays = {name: tensor.cpu().numpy() for name, tensor in encoded.arrays.items()}
-        yield cache.encoding.decode(arrays), fed
+        yield logits.float().cpu().numpy(), fed

@@ -47,12 +47,10 @@ def open(path: str | os.PathLike[str], *, expect_root: str | None = None, access
         CorruptCacheError: not what our writer wrote.
         MismatchError: another root hash than `expect_root`.
     """
-    check_access(access)
-    where = Path(os.path.abspath(path))
-    catalog = read_catalog(where)
-    if expect_root is not None and catalog.root != expect_root:
-        raise MismatchError(f"{where} has the root hash {catalog.root}, expected {expect_root}; it is another dump")
-    return Cache(where, catalog, access)
+    cache = _open(path, expect_root, access)
+    if cache.catalog.head is not None:
+        cache.catalog.head.keep()
+    return cache
 
 
 class Cache:
@@ -338,9 +336,18 @@ def _nothing() -> None:
     return None
 
 
+def _open(path: str | os.PathLike[str], expect_root: str | None, access: str) -> Cache:
+    check_access(access)
+    where = Path(os.path.abspath(path))
+    catalog = read_catalog(where)
+    if expect_root is not None and catalog.root != expect_root:
+        raise MismatchError(f"{where} has the root hash {catalog.root}, expected {expect_root}; it is another dump")
+    return Cache(where, catalog, access)
+
+
 def _reopen(path: str, root: str, access: str, views: tuple[int, ...]) -> Cache:
     """The same cache with the same row numbers, also where shards of further views were fetched meanwhile."""
-    opened = open(path, expect_root=root, access=access)
+    opened = _open(path, root, access)
     if opened.views == views:
         return opened
     gone = [view for view in views if view not in opened.views]

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from kdcache.errors import CorruptCacheError, IncompleteCacheError, MismatchError
 from kdcache.format.checksums import file_sha256
+from kdcache.format.head import HEAD_FILE
 from kdcache.format.headers import shard_header
 from kdcache.format.manifest import (
     CLASSES_FILE,
@@ -186,7 +187,10 @@ class DumpFolder:
                 created=utc_now(),
                 predecessor=None if self._replaces is None else self._replaces[1],
                 extents=self.plan.extents,
+                head=self.plan.head,
             ).sealed()
+            if manifest.head is not None and not posix.is_file(self.folder / HEAD_FILE):
+                raise IncompleteCacheError(f"{self.folder / HEAD_FILE} was removed; run the same command again")
             parse_manifest(manifest.dump(), where=str(self.manifest_path))  # never publish what we would refuse
             names = self.plan.classes.own_file
             if names is not None:

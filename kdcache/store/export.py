@@ -37,6 +37,8 @@ def export(
 ) -> Path:
     """Writes `logits` (N, C, ...) float32, `sample_id`, `view`, `label` of all rows, decoded.
 
+    Of top-k rows, which do not have all logits, the arrays are written as they are stored (see docs/format.md).
+
     Args:
         path: a cache.
         out: the file to make.
@@ -62,6 +64,8 @@ def export(
     if posix.exists(target) and not overwrite:
         raise UsageError(f"{target} exists; choose another name or pass --overwrite")
     catalog = read_catalog(Path(path))
+    if catalog.head is not None:
+        catalog.head.keep()
     with posix.translated("write", target):
         posix.make_folder(target.parent)
         _write(catalog, target, kind, compress)
@@ -91,20 +95,24 @@ def _write(catalog: Catalog, target: Path, kind: str, compress: str | None) -> N
 
 def _columns(catalog: Catalog) -> dict[str, tuple[Any, tuple[int, ...]]]:
     rows = catalog.samples * len(catalog.views)
+    encoding = catalog.schema.encoding
+    logits = {"logits": ("<f4", (rows, *encoding.row_shape))}
+    kept = {spec.name: (spec.dtype, spec.shape(rows)) for spec in encoding.specs}
     columns: dict[str, tuple[Any, tuple[int, ...]]] = {
-        "logits": ("<f4", (rows, *catalog.schema.encoding.row_shape)),
+        **(logits if encoding.has_all_logits else kept),
         "sample_id": (catalog.schema.id_dtype, (rows,)),
         "view": ("<u2", (rows,)),
     }
-    if catalog.schema.has_labels:
-        columns["label"] = ("<i8", (rows,))
-    return columns
+    labels = {"label": "<i8", "label_b": "<i8"} if not encoding.has_all_logits else {"label": "<i8"}
+    stored = {spec.name for spec in catalog.schema.specs}
+    return {**columns, **{name: (dtype, (rows,)) for name, dtype in labels.items() if name in stored}}
 
 
 def _column(catalog: Catalog, name: str) -> Iterator[np.ndarray]:
     """The values of one column, block by block in the order of the rows."""
     for _, _, block in scan(catalog, block_bytes=_BLOCK_BYTES):
-        yield catalog.schema.encoding.decode(block) if name == "logits" else block[name]
+        is_decoded = name == "logits" and catalog.schema.encoding.has_all_logits
+        yield catalog.schema.encoding.decode(block) if is_decoded else block[name]
 
 
 def _write_npz(catalog: Catalog, sink: _ForgivingFile, *, compressed: bool) -> None:

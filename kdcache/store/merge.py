@@ -14,11 +14,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from kdcache.errors import CorruptCacheError, KDCacheError, MismatchError, UsageError
-from kdcache.format.headers import FileHeader
+from kdcache.format.headers import NO_ONE_FILE, FileHeader
 from kdcache.format.schema import CRC_ARRAY, MAX_VIEWS
 from kdcache.store import posix
 from kdcache.store.dump import DumpFolder, open_dump
 from kdcache.store.folder import MANIFEST
+from kdcache.store.head_writer import copied_head, place_head
 from kdcache.store.incoming import consecutive
 from kdcache.store.parts import Catalog, read_catalog
 from kdcache.store.plan import Plan, default_shard_rows
@@ -52,7 +53,7 @@ def merge(
         The root hash of the new cache.
 
     Raises:
-        UsageError: `out` exists, is the source, or is named as a file of another kind.
+        UsageError: `out` exists, is the source, or is named as a file of another kind; factored rows as one file.
         MismatchError: a view that the source does not have.
         CorruptCacheError: a damaged row in the source; nothing is written under `out`.
         IncompleteCacheError: shards of these views are missing in the source.
@@ -66,6 +67,8 @@ def merge(
     if one_file and posix.exists(target) and not overwrite:
         raise UsageError(f"{target} exists; choose another name or pass --overwrite")
     catalog = read_catalog(Path(source))
+    if one_file and catalog.head is not None:
+        raise UsageError(f"{source} cannot become {target}: {NO_ONE_FILE}")
     chosen = catalog.views if views is None else tuple(sorted(set(views)))
     unknown = sorted(set(chosen) - set(catalog.views))
     if unknown or not chosen:
@@ -138,10 +141,13 @@ def _write_folder(
         provenance=catalog.provenance,
         views=views,
         extents=catalog.extents,
+        head=None if catalog.head is None else catalog.head.record,
     )
     dump = open_dump(target, plan)
     try:
         dump.own()
+        if catalog.head is not None:
+            place_head(dump, copied_head(catalog.head))
         for number in range(plan.shard_count):
             _write_shard(catalog, dump, number, progress)
         manifest = dump.finish(dump.all_records() or [], samples=catalog.samples)

@@ -16,12 +16,14 @@ from typing import Any
 from kdcache.errors import CorruptCacheError, IncompleteCacheError, UsageError
 from kdcache.format.arrays import ArrayLayout
 from kdcache.format.checksums import header_digest, rows_digest
+from kdcache.format.factored import Factored
 from kdcache.format.hdf5_parser import parse
 from kdcache.format.headers import FileHeader, parse_file_header
 from kdcache.format.manifest import ClassList, ShardRecord
 from kdcache.format.schema import CRC_ARRAY, RowSchema
 from kdcache.store import posix
 from kdcache.store.folder import MANIFEST, PLAN, SHARDS, read_manifest
+from kdcache.store.head import StoredHead
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class Catalog:
 
     `absent_views` are those of the dump of which the folder holds no shard at all: it is a smaller cache of the rest.
     `extents` are the numbers of samples at which a folder was finished before it grew, and its own; else empty.
+    `head` is the last layer that factored rows need; nothing of it is read here.
     """
 
     schema: RowSchema
@@ -72,6 +75,7 @@ class Catalog:
     shard_rows: int | None = None
     absent_views: tuple[int, ...] = ()
     extents: tuple[int, ...] = ()
+    head: StoredHead | None = None
 
     def with_views(self, views: tuple[int, ...]) -> Catalog:
         """The same with some of the views; those left out are not said to be absent."""
@@ -173,11 +177,14 @@ def _folder(path: Path) -> Catalog:
         root=manifest.root,
         parts=tuple(part for part in parts if part.view in here),
         shards=shards,
-        size_bytes=sum(r.size for r in shards),
+        size_bytes=sum(r.size for r in shards) + (manifest.head.size if manifest.head else 0),
         created=manifest.created,
         shard_rows=manifest.shard_rows,
         absent_views=tuple(view for view in manifest.views if view not in here),
         extents=manifest.extents,
+        head=None
+        if manifest.head is None or not isinstance(manifest.schema.encoding, Factored)
+        else StoredHead.of(path, manifest.head, manifest.schema.encoding),
     )
 
 

@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any, NoReturn
 
 from kdcache.errors import CorruptCacheError, MismatchError, UsageError, printable
+from kdcache.format.head import HeadRecord, parse_head
 from kdcache.format.headers import FileHeader
 from kdcache.format.manifest import MAX_SHARDS, ClassList, Manifest, check_version, parse_classes, parse_provenance
 from kdcache.format.schema import FORMAT_VERSION, MAX_VIEWS, RowSchema, schema_from_json
@@ -21,6 +22,7 @@ KIND = "plan"
 DEFAULT_SHARD_BYTES = 256 << 20
 MAX_SHARD_ROWS = 1 << 28  # libhdf5 counts through the chunks of a file that it lays out: 27 ns each, here up to 1 s
 MAX_SHARD_BYTES = 1 << 43
+MOST_DEFAULT_ROWS = 1 << 17  # short rows: 256 MiB of top-k rows are 3 million, all the work of one process at risk
 _ROW_GRID = 4096
 
 # Of the data's provenance, what is not changed by further samples.
@@ -48,13 +50,18 @@ _HINTS = {
     "provenance.licence": "--licence",
     "provenance.versions": "versions of the libraries",
     "encoding.dtype": "--dtype",
+    "encoding.k": "--top-k",
+    "encoding.temperatures": "--temperatures",
+    "encoding.labels": "labels beside the rows",
+    "encoding.head": "the weights of the teacher's last layer, --factored",
+    "encoding.name": "--factored or --top-k, or neither",
     "shard_rows": "--shard-rows",
 }
 
 
 def default_shard_rows(row_bytes: int) -> int:
-    """Rows of a shard of up to 256 MiB: a multiple of 4,096 where that many fit."""
-    fit = max(1, DEFAULT_SHARD_BYTES // row_bytes)
+    """Rows of a shard of up to 256 MiB and 131,072 rows: a multiple of 4,096 where that many fit."""
+    fit = min(MOST_DEFAULT_ROWS, max(1, DEFAULT_SHARD_BYTES // row_bytes))
     return fit // _ROW_GRID * _ROW_GRID if fit >= _ROW_GRID else fit
 
 
@@ -64,7 +71,8 @@ class Plan:
 
     `samples` is None where the number of rows is not known before the end (`kdcache.Writer`). `extents` are the
     numbers of samples at which it was finished before it grew, and the last is `samples`; empty where it never grew.
-    `provenance` holds only what identifies the dump: no dates, no ranks.
+    `provenance` holds only what identifies the dump: no dates, no ranks. `head` is the last layer that factored rows
+    need.
     """
 
     schema: RowSchema
@@ -74,6 +82,7 @@ class Plan:
     provenance: dict[str, Any]
     views: tuple[int, ...] = (0,)
     extents: tuple[int, ...] = ()
+    head: HeadRecord | None = None
 
     def __post_init__(self) -> None:
         if self.shard_rows < 1:
@@ -120,6 +129,7 @@ class Plan:
             "samples": self.samples,
             "views": list(self.views),
             **({"extents": list(self.extents)} if self.extents else {}),
+            **({"head": self.head.to_json()} if self.head else {}),
             "provenance": self.provenance,
         }
 
@@ -158,8 +168,9 @@ def parse_plan(text: bytes, *, where: str) -> Plan:
         raise CorruptCacheError(f"{where}: views must ascend")
     provenance = parse_provenance(value.get("provenance"), where=where)
     extents = extents_from_json(value.get("extents"), samples, where=where)
+    head = parse_head(value.get("head"), schema.encoding, where=where)
     try:
-        return Plan(schema, classes, int(shard_rows or 0), samples, provenance, tuple(views), extents)
+        return Plan(schema, classes, int(shard_rows or 0), samples, provenance, tuple(views), extents, head)
     except UsageError as error:
         raise CorruptCacheError(f"{where}: {error}") from None
 
@@ -174,6 +185,7 @@ def plan_of_manifest(manifest: Manifest, *, samples_known: bool) -> Plan:
         provenance=manifest.provenance,
         views=manifest.views,
         extents=manifest.extents if samples_known else (),
+        head=manifest.head,
     )
 
 

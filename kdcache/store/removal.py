@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from kdcache.errors import CorruptCacheError, MismatchError, UsageError
+from kdcache.format.head import HEAD_FILE
 from kdcache.format.manifest import CLASSES_FILE, SHARD_NAME
 from kdcache.store import posix
 from kdcache.store.folder import MANIFEST, PLAN, SHARDS
@@ -16,7 +17,7 @@ from kdcache.store.posix import TEMPORARY_PREFIX
 from kdcache.store.shards import remove_temporaries
 
 _IN_SHARDS = re.compile(rf"{SHARD_NAME.pattern[:-2]}(h5|json)|\.tmp-.*")
-_OURS = {MANIFEST, PLAN, SHARDS, ".lock", "README.md", CLASSES_FILE}
+_OURS = {MANIFEST, PLAN, SHARDS, ".lock", "README.md", CLASSES_FILE, HEAD_FILE}
 
 
 def refuse_foreign(folder: Path) -> None:
@@ -91,7 +92,7 @@ def clear_dump(folder: Path) -> None:
     remove_temporaries(folder)
     with posix.translated("remove", folder), contextlib.suppress(FileNotFoundError):
         # The plan goes last: shards and records without one could be taken for those of the next plan.
-        for name in (MANIFEST, "README.md", CLASSES_FILE):
+        for name in (MANIFEST, "README.md", CLASSES_FILE, HEAD_FILE):
             posix.unlink(folder / name)
         posix.fsync_folder(folder)
         if posix.is_folder(folder / SHARDS):

@@ -133,6 +133,7 @@ def verify(
         root, absent = catalog.root, catalog.absent_views
         if expect_root is not None and root != expect_root:
             raise MismatchError(f"{path} has the root hash {root}, expected {expect_root}; it is another dump")
+        _check_head(catalog, findings)
         _check_all(Path(path), catalog, findings, progress)
         if catalog.shards:
             others = tuple(unlisted(Path(path), catalog))
@@ -167,6 +168,17 @@ def _check_all(path: Path, catalog: Catalog, findings: _Findings, progress: Call
             findings.add(error)
     if not findings.problems:
         _check_ids(path, catalog, findings)
+
+
+def _check_head(catalog: Catalog, findings: _Findings) -> None:
+    """The last layer of a factored teacher, without which no row is a row of logits."""
+    if catalog.head is None:
+        return
+    try:
+        catalog.head.load()
+        findings.bytes += catalog.head.record.size
+    except (CorruptCacheError, IncompleteCacheError, StorageError) as error:
+        findings.add(error)
 
 
 def _check_shard_file(
@@ -218,6 +230,11 @@ def _check_rows(read: Callable[[int, int], bytes], part: Part, catalog: Catalog)
                     f"{part.path}: {spec.name} of sample {show_id(block['sample_id'][first])} holds NaN or +inf, which "
                     "no writer stores"
                 )
+        flaw = catalog.schema.encoding.flaw(block)
+        if flaw is not None:
+            raise CorruptCacheError(f"{part.path}: {flaw}, as no writer stores it")
+        if catalog.head is not None and not (np.isfinite(block["features"]).all() and (block["row_scale"] > 0).all()):
+            raise CorruptCacheError(f"{part.path}: features are infinite or have no row_scale, which no writer stores")
         if "label" in block:
             labels = block["label"]
             if int(labels.min()) < -1 or int(labels.max()) >= label_count(catalog.classes.count):

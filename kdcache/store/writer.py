@@ -53,8 +53,10 @@ class Writer:
     Args:
         path: a folder, or a name ending in `.h5` for a one-file cache.
         classes: their number, or the ordered names.
-        dtype: `float16` (row maximum kept apart) or `float32`.
-        shard_rows: rows of a shard; up to 256 MiB by default.
+        dtype: of all logits: `float16` (row maximum kept apart), `float32`, `int8` or `int4`.
+        top_k: store the K largest logits of a row instead (and its label's), and sums over the others.
+        temperatures: with `top_k`, where the sums are taken: ascending, `"z2"` last; (1, 2, 4) by default.
+        shard_rows: rows of a shard; up to 131,072 and 256 MiB by default.
         resume: go on with an unfinished dump; `done` lists the ids that are committed.
         overwrite: remove a cache that is there.
         provenance: what to say about the teacher and the data: nested plain values, no paths.
@@ -78,6 +80,8 @@ class Writer:
         *,
         classes: int | Sequence[str],
         dtype: str = "float16",
+        top_k: int | None = None,
+        temperatures: Sequence[float | str] | None = None,
         shard_rows: int | None = None,
         resume: bool = False,
         overwrite: bool = False,
@@ -87,7 +91,7 @@ class Writer:
         self.path = Path(path)
         self._folder, self._one_file = dump_folder_of(self.path)
         self._classes = class_list(classes)
-        self._choice = EncodingChoice(dtype)
+        self._choice = EncodingChoice(dtype, top_k, None if temperatures is None else tuple(temperatures))
         self._choice.of((self._classes.count,))  # refuses a wrong dtype or count before anything is touched
         if shard_rows is not None and shard_rows < 1:
             raise UsageError(f"shard_rows must be at least 1, found {shard_rows}")

@@ -173,7 +173,7 @@ def test_an_encoding_survives_its_json(encoding: Encoding) -> None:
         {},
         {"name": "dense", "dtype": "float16"},
         {"name": "topk", "dtype": "float16", "shape": [5]},
-        {"name": "dense", "dtype": "int8", "shape": [5]},
+        {"name": "dense", "dtype": "int2", "shape": [5]},
         {"name": "dense", "dtype": "float16", "shape": []},
         {"name": "dense", "dtype": "float16", "shape": [0]},
         {"name": "dense", "dtype": "float16", "shape": [5, 1, 1, 1, 1]},

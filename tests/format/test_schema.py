@@ -12,6 +12,7 @@ from kdcache.errors import CorruptCacheError
 from kdcache.format.arrays import ArrayLayout
 from kdcache.format.dense import Dense
 from kdcache.format.schema import RowSchema, schema_from_json
+from kdcache.format.topk import TopK
 
 SCHEMA = RowSchema(Dense((10,), "float16"), "<i8", has_labels=True, has_digests=True)
 
@@ -112,3 +113,15 @@ def test_missing_and_further_arrays_are_refused() -> None:
         SCHEMA.check_arrays({k: v for k, v in arrays.items() if k != "view"}, 9, 4096, where="x")
     with pytest.raises(CorruptCacheError, match="more"):
         SCHEMA.check_arrays({**arrays, "more": arrays["view"]}, 9, 4096, where="x")
+
+
+@pytest.mark.parametrize(("labels", "mixed", "kept"), [(True, False, 1), (True, True, 2), (False, False, 0)])
+def test_top_k_rows_keep_the_logits_of_the_labels_that_stand_beside_them(labels: bool, mixed: bool, kept: int) -> None:
+    for count in (0, 1, 2):
+        encoding = TopK((10,), 3, (1.0,), count)
+        value = RowSchema(encoding, "<i8", labels, True, mixed).to_json()
+        if count == kept:
+            assert schema_from_json(value, where="x").encoding == encoding
+        else:
+            with pytest.raises(CorruptCacheError, match=f"{count} labels a row, expected {kept}"):
+                schema_from_json(value, where="x")

@@ -1,6 +1,6 @@
-"""Makes data/golden/format1: one folder cache and one one-file cache of format 1, a few KB each.
+"""Makes data/golden/format1: a folder cache and a one-file cache of each encoding of format 1, a few KB each.
 
-Run once a format version, then never again: tests/store/test_golden.py reads what an older kdcache wrote.
+Each part is run once a format version, then never again: tests/store/test_golden.py reads what an older kdcache wrote.
 
     python tests/store/make_golden.py data/golden/format1
 """
@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -35,18 +36,53 @@ def labels() -> np.ndarray:
     return values
 
 
+def many_logits() -> np.ndarray:
+    """(10, 21) float32, equal ones and masked ones among them; an odd number of classes above 8."""
+    values = (np.arange(ROWS * 21, dtype=np.float32).reshape(ROWS, 21) * 53 % 127 - 60) / 4
+    values[2, 5:] = -np.inf
+    values[3] = 1.5
+    values[4, ::2] = values[4, 0]
+    return values
+
+
 def main(out: Path) -> None:
-    """Writes both caches and what they must hold."""
+    """Writes all caches."""
     os.environ["SOURCE_DATE_EPOCH"] = "1700000000"
+    write_floats(out)
+    write_small_rows(out)
+
+
+def write_floats(out: Path) -> None:
+    """`folder` (float16) and `file.h5` (float32), with their roots in `roots.json`."""
     provenance = {"teacher": {"spec": "golden"}, "data": {"name": "golden"}, "teacher_seen": "no"}
     digests = np.arange(ROWS, dtype=np.uint64) + 2**63
     with Writer(out / "folder", classes=["cat", "dög", "owl"], shard_rows=4, provenance=provenance) as writer:
         writer.write(np.arange(ROWS) + 100, logits(), labels(), input_digests=digests)
     with Writer(out / "file.h5", classes=3, dtype="float32", provenance=provenance, id_bytes=12) as writer:
         writer.write([f"image {n}" for n in range(ROWS)], logits())
-    (out / "folder" / ".lock").unlink()
-    roots = {name: open_cache(out / name).root for name in ("folder", "file.h5")}
-    (out / "roots.json").write_text(json.dumps(roots, indent=1) + "\n")
+    record_roots(out, "folder", "file.h5")
+
+
+def write_small_rows(out: Path) -> None:
+    """`int8.h5`, `int4.h5` and `topk` (a folder), with the same provenance."""
+    provenance = {"teacher": {"spec": "golden"}, "data": {"name": "golden"}, "teacher_seen": "no"}
+    kept = {"top_k": 3, "temperatures": (1, 2.5, "z2")}
+    settings: dict[str, dict[str, Any]] = {"int8.h5": {"dtype": "int8"}, "int4.h5": {"dtype": "int4"}, "topk": kept}
+    for name, encoding in settings.items():
+        with Writer(out / name, classes=21, shard_rows=4, provenance=provenance, **encoding) as writer:
+            writer.write(np.arange(ROWS), many_logits(), labels())
+    record_roots(out, *settings)
+
+
+def record_roots(out: Path, *names: str) -> None:
+    """Adds root hashes to `roots.json`."""
+    path = out / "roots.json"
+    roots = json.loads(path.read_text()) if path.exists() else {}
+    for name in names:
+        if (out / name).is_dir():
+            (out / name / ".lock").unlink()
+        roots[name] = open_cache(out / name).root
+    path.write_text(json.dumps(roots, indent=1) + "\n")
 
 
 if __name__ == "__main__":

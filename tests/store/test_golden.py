@@ -47,6 +47,34 @@ def check_rows(folder: Cache, one_file: Cache) -> None:
         assert cache.provenance["teacher"] == {"spec": "golden"}
 
 
+def check_small_rows(root: Path) -> None:
+    exact = MAKER.many_logits()
+    for name, step in (("int8.h5", 254), ("int4.h5", 14)):
+        rows = caches.open(root / name).gather(np.arange(10))
+        finite = np.isfinite(exact)
+        np.testing.assert_array_equal(np.isfinite(rows.dense()), finite)
+        error = np.abs(np.where(finite, rows.dense(), 0) - np.where(finite, exact, 0))
+        assert error.max() <= 32 / step / 2 + 1e-3
+        assert rows.arrays["top_classes"][3].tolist() == list(range(8))
+    rows = caches.open(root / "topk").gather(np.arange(10))
+    order = np.argsort(-exact, axis=1, kind="stable")[:, :3]
+    np.testing.assert_array_equal(rows.arrays["topk_classes"], order)
+    shifted = exact - exact.max(axis=1, keepdims=True)
+    np.testing.assert_array_equal(rows.arrays["topk_logits"], np.take_along_axis(shifted, order, axis=1))
+    labels = MAKER.labels()
+    np.testing.assert_array_equal(rows.label, labels)
+    own = np.where(labels >= 0, shifted[np.arange(10), labels], -np.inf)
+    np.testing.assert_array_equal(rows.arrays["label_logits"][:, 0], own)
+    for row, label in enumerate(labels):
+        tail = np.delete(shifted[row], np.unique([*order[row], *([label] if label >= 0 else [])]))
+        std = rows.arrays["logit_std"][row]
+        assert std == pytest.approx(shifted[row][np.isfinite(shifted[row])].std(), rel=1e-6)
+        with np.errstate(divide="ignore"):
+            sums = [np.log(np.exp(tail / t).sum()) for t in (1, 2.5, max(2 * std, 1e-37))]
+        np.testing.assert_allclose(rows.arrays["tail_logsumexp"][row], sums, rtol=1e-6)
+        assert rows.arrays["tail_mean"][row] == pytest.approx(tail.mean(), rel=1e-6)
+
+
 @pytest.mark.parametrize("name", sorted(ROOTS))
 def test_the_golden_caches_verify_and_have_the_recorded_root(name: str) -> None:
     report = verify(GOLDEN / name, expect_root=ROOTS[name])
@@ -59,6 +87,11 @@ def test_the_golden_caches_give_their_rows(access: str) -> None:
     check_rows(*(caches.open(GOLDEN / n, access=access) for n in ("folder", "file.h5")))
 
 
+def test_the_golden_caches_of_small_rows_give_what_they_were_made_of() -> None:
+    check_small_rows(GOLDEN)
+
+
 def test_a_cache_made_today_gives_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     MAKER.main(tmp_path)  # its bytes differ by the versions in its provenance, its rows do not
     check_rows(caches.open(tmp_path / "folder"), caches.open(tmp_path / "file.h5"))
+    check_small_rows(tmp_path)

@@ -100,3 +100,24 @@ assert describe(sys.argv[1])["rows"] == 100
 assert "torch" not in sys.modules
 """
     python(script, folder)
+
+
+def test_top_k_rows_say_what_they_capture_and_when_to_store_more(tmp_path: Path) -> None:
+    logits = np.random.default_rng(0).normal(size=(100, 200)).astype(np.float32)
+    sharp = logits * np.where(np.arange(200) < 3, 20, 1).astype(np.float32)
+    for name, values in (("flat", logits), ("sharp", sharp)):
+        with Writer(tmp_path / name, classes=200, top_k=10, temperatures=(1.0, 2.0)) as writer:
+            writer.write(np.arange(100), values)
+    flat, peaked = describe(tmp_path / "flat"), describe(tmp_path / "sharp")
+    assert [one["temperature"] for one in flat["captured"]] == [1.0, 2.0]
+    assert all(0 < one["mass"] < 0.4 and one["kl_share"][0] <= one["kl_share"][1] for one in flat["captured"])
+    assert "--dtype int4 (140 bytes a row, here 60)" in flat["advice"]
+    assert peaked["captured"][0]["mass"] > 0.8
+    assert peaked["advice"] is None
+    assert "captured" not in describe(_dense(tmp_path / "dense"))
+
+
+def _dense(path: Path) -> Path:
+    with Writer(path, classes=3) as writer:
+        writer.write(np.arange(2), np.zeros((2, 3), np.float32))
+    return path

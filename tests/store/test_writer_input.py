@@ -162,7 +162,10 @@ def test_a_numpy_count_is_a_count(make_cache: Any) -> None:
     assert caches.open(make_cache(classes=np.int64(5))).num_classes == 5
 
 
-@pytest.mark.parametrize("setting", [{"dtype": "int8"}, {"shard_rows": 0}])
+@pytest.mark.parametrize(
+    "setting",
+    [{"dtype": "int2"}, {"top_k": 0}, {"temperatures": (1,)}, {"top_k": 2, "temperatures": "12"}, {"shard_rows": 0}],
+)
 def test_unknown_settings_touch_nothing(tmp_path: Path, setting: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
         Writer(tmp_path / "teacher", classes=CLASSES, **setting)
