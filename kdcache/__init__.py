@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from kdcache.stages.precompute import precompute
     from kdcache.store.cache import Cache, open
     from kdcache.store.card import write_card
+    from kdcache.store.convert import convert
     from kdcache.store.export import export
     from kdcache.store.merge import merge
     from kdcache.store.rows import TeacherRows
@@ -66,6 +67,7 @@ __all__ = [
     "Writer",
     "__version__",
     "attach",
+    "convert",
     "distill",
     "export",
     "import_cache",
@@ -88,6 +90,7 @@ _HOMES = {
     "TeacherRows": "kdcache.store.rows",
     "Writer": "kdcache.store.writer",
     "attach": "kdcache.train.attach",
+    "convert": "kdcache.store.convert",
     "distill": "kdcache.stages.distill",
     "export": "kdcache.store.export",
     "import_cache": "kdcache.stages.import_cache",

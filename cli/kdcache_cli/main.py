@@ -27,6 +27,7 @@ COMMANDS = (
     "inspect",
     "verify",
     "merge",
+    "convert",
     "export",
     "import",
     "card",

@@ -6,28 +6,15 @@ part. The rows, their checksums and their order are the same in both.
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
-from kdcache.errors import CorruptCacheError, KDCacheError, MismatchError, UsageError
-from kdcache.format.headers import NO_ONE_FILE, FileHeader
-from kdcache.format.schema import CRC_ARRAY, MAX_VIEWS
-from kdcache.store import posix
-from kdcache.store.dump import DumpFolder, open_dump
-from kdcache.store.folder import MANIFEST
-from kdcache.store.head_writer import copied_head, place_head
-from kdcache.store.incoming import consecutive
-from kdcache.store.parts import Catalog, read_catalog
-from kdcache.store.plan import Plan, default_shard_rows
-from kdcache.store.removal import remove_dump, remove_empty
-from kdcache.store.scan import scan
-from kdcache.store.shards import ContainerWriter, remove_temporaries
+from kdcache.errors import UsageError
+from kdcache.format.schema import MAX_VIEWS
+from kdcache.store.parts import read_catalog
+from kdcache.store.rewrite import Rewriting, check_target, chosen_views, write_cache
 
-_FILE_NAMES = frozenset({".hdf5", ".hdf", ".npz", ".npy", ".safetensors"})  # meant for one file, surely
 _RANGE = re.compile(r"([0-9]{1,6})(?:-([0-9]{1,6}))?")
 
 
@@ -60,25 +47,10 @@ def merge(
         StorageError: the disk refused.
     """
     target = Path(out)
-    one_file = target.suffix == ".h5"
-    if target.suffix in _FILE_NAMES:
-        raise UsageError(f"{target} must end in .h5 to become one file; any other name becomes a folder")
-    remove_temporaries(target.parent, target.name, of_the_dead=True)
-    if one_file and posix.exists(target) and not overwrite:
-        raise UsageError(f"{target} exists; choose another name or pass --overwrite")
+    check_target(source, target, overwrite=overwrite)
     catalog = read_catalog(Path(source))
-    if one_file and catalog.head is not None:
-        raise UsageError(f"{source} cannot become {target}: {NO_ONE_FILE}")
-    chosen = catalog.views if views is None else tuple(sorted(set(views)))
-    unknown = sorted(set(chosen) - set(catalog.views))
-    if unknown or not chosen:
-        absent = f" (of its dump, the views {list(catalog.absent_views)} are not here)" if catalog.absent_views else ""
-        raise MismatchError(f"{source} has the views {list(catalog.views)}{absent}, not {unknown}")
-    if one_file:
-        return _write_file(catalog, target, chosen, overwrite=overwrite, progress=progress)
-    if os.path.realpath(target) == os.path.realpath(source):
-        raise UsageError(f"{target} is the cache that is read; choose another name")
-    return _write_folder(catalog, target, chosen, overwrite=overwrite, progress=progress)
+    job = Rewriting(catalog, catalog, chosen_views(catalog, source, views))
+    return write_cache(job, source, target, overwrite=overwrite, progress=progress)
 
 
 def parse_views(text: str) -> tuple[int, ...]:
@@ -100,101 +72,3 @@ def parse_views(text: str) -> tuple[int, ...]:
             )
         found.update(range(first, last + 1))
     return tuple(sorted(found))
-
-
-def _write_file(
-    catalog: Catalog, target: Path, views: tuple[int, ...], *, overwrite: bool, progress: Callable[[int], None] | None
-) -> str:
-    ids = None if catalog.first_id is None else (catalog.first_id, catalog.first_id + catalog.samples - 1)
-    header = FileHeader(catalog.schema, catalog.classes, catalog.samples, views, ids, catalog.provenance)
-    with posix.translated("create", target.parent):
-        posix.make_folder(target.parent)
-    writer = ContainerWriter(target, catalog.schema, catalog.samples * len(views), header.dump(), hash_file=False)
-    try:
-        _copy(catalog, writer, views, None, progress)
-        root = writer.finish_with_digests(
-            lambda payload, rows: replace(header, payload_sha256=payload, rows_blake2b=rows).dump()
-        )
-        if not writer.publish(replace=overwrite):
-            raise UsageError(f"{target} appeared while it was written; choose another name or pass --overwrite")
-    except BaseException:
-        writer.abandon()
-        raise
-    return root
-
-
-def _write_folder(
-    catalog: Catalog, target: Path, views: tuple[int, ...], *, overwrite: bool, progress: Callable[[int], None] | None
-) -> str:
-    if overwrite:
-        remove_dump(target)
-    elif posix.exists(target / MANIFEST):
-        raise UsageError(f"{target} exists; choose another name or pass --overwrite")
-    if catalog.classes.names is None:  # a header has room for the hash of a long list alone, a manifest needs the names
-        catalog = replace(catalog, classes=replace(catalog.classes, sha256=None))
-    rows = catalog.shard_rows or default_shard_rows(catalog.schema.row_bytes)
-    plan = Plan(
-        schema=catalog.schema,
-        classes=catalog.classes,
-        shard_rows=rows,
-        samples=catalog.samples,
-        provenance=catalog.provenance,
-        views=views,
-        extents=catalog.extents,
-        head=None if catalog.head is None else catalog.head.record,
-    )
-    dump = open_dump(target, plan)
-    try:
-        dump.own()
-        if catalog.head is not None:
-            place_head(dump, copied_head(catalog.head))
-        for number in range(plan.shard_count):
-            _write_shard(catalog, dump, number, progress)
-        manifest = dump.finish(dump.all_records() or [], samples=catalog.samples)
-    except BaseException:
-        dump.disown()
-        dump.leave()
-        with contextlib.suppress(KDCacheError):  # in other hands
-            remove_dump(target)
-            remove_empty(target)
-        raise
-    dump.disown()
-    dump.leave()
-    if manifest is None:
-        raise CorruptCacheError(f"{target} was removed while it was written")
-    return manifest.root
-
-
-def _write_shard(catalog: Catalog, dump: DumpFolder, number: int, progress: Callable[[int], None] | None) -> None:
-    """One shard of the new folder, unless a merge that was killed has left it."""
-    view, start, stop = dump.plan.span(number)
-    index = number % dump.plan.shards_per_view
-    if not dump.claim(view, index):
-        return
-    same = (r.clamped for r in catalog.shards if (r.view, r.start, r.stop) == (view, start, stop))
-    writer = dump.container(view, index, start, stop)
-    try:
-        _copy(catalog, writer, (view,), (start, stop), progress, clamped=next(same, 0))
-        record = writer.record(view=view, start=start, ids=consecutive(writer.read_array("sample_id")))
-        dump.commit(writer, record, index)
-    except BaseException:
-        writer.abandon()
-        raise
-    finally:
-        dump.release(view, index)
-
-
-def _copy(
-    catalog: Catalog,
-    writer: ContainerWriter,
-    views: tuple[int, ...],
-    samples: tuple[int, int] | None,
-    progress: Callable[[int], None] | None,
-    clamped: int = 0,
-) -> None:
-    for view, positions, block in scan(catalog, views=views, samples=samples):
-        rows = {name: array for name, array in block.items() if name not in ("view", CRC_ARRAY)}
-        writer.append(rows, view=view, positions=positions, clamped=clamped)
-        clamped = 0
-        if progress is not None:
-            progress(len(positions))

@@ -48,6 +48,7 @@ _HINTS = {
     "provenance.precision.device": "--device",
     "provenance.teacher_seen": "--teacher-saw",
     "provenance.licence": "--licence",
+    "provenance.converted_from": "`kdcache convert` made it, so that it takes no further rows; let its source grow",
     "provenance.versions": "versions of the libraries",
     "encoding.dtype": "--dtype",
     "encoding.k": "--top-k",

@@ -1,0 +1,32 @@
+"""`kdcache convert`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import kdcache
+
+
+def test_a_cache_is_written_in_another_encoding(run, folder: Path, tmp_path: Path) -> None:
+    result = run("convert", folder, tmp_path / "sparse.h5", "--top-k", "2", "--temperatures", "1,4,z2", "--json")
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    with kdcache.open(tmp_path / "sparse.h5") as cache:
+        assert cache.root == report["root"]
+        assert cache.encoding.to_json()["temperatures"] == [1.0, 4.0, "z2"]
+    assert report["bytes_per_row"]["before"] == 10
+    assert run("convert", folder, tmp_path / "int8", "--dtype", "int8", "--quiet").exit_code == 0
+    assert run("verify", tmp_path / "int8").exit_code == 0
+
+
+def test_what_cannot_be_meant_is_a_usage_error(run, folder: Path, tmp_path: Path) -> None:
+    for arguments, message in (
+        (("--temperatures", "1,2"), "--top-k"),
+        (("--dtype", "float8"), "float8"),
+        (("--top-k", "2", "--temperatures", "2,1"), "ascend"),
+        ((), "has this encoding already"),
+    ):
+        result = run("convert", folder, tmp_path / "out", *arguments)
+        assert (result.exit_code, message in result.stderr) == (2, True), result.stderr
+    assert run("convert", tmp_path / "nothing", tmp_path / "out", "--dtype", "int8").exit_code == 4
