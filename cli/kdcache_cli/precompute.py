@@ -87,9 +87,16 @@ def cost_text(result: Mapping[str, Any]) -> str:
             f"number {students} of {result['epochs']} epochs",
         ]
     )
-    if result["factored"] is None:
-        return lines
-    return f"{lines}\nsmaller:   --factored {result['factored']} stores the input of that layer, and the layer once"
+    for one in result["captured"]:
+        share = 100 * one["kl_share"][0]
+        lines += (
+            f"\ncaptured:  {100 * one['mass']:.3g} % of the mass, {share:.3g} % of the KL at T = {one['temperature']:g}"
+        )
+    if any(one["kl_share"][0] < 0.9 for one in result["captured"]):
+        lines += "\nbetter:    --dtype int4 or a larger --top-k, for the temperatures below 90 %"
+    if result["factored"] is not None:
+        lines += f"\nsmaller:   --factored {result['factored']} stores the input of that layer, and the layer once"
+    return lines
 
 
 def size_text(count: int) -> str:

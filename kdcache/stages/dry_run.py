@@ -8,11 +8,15 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from kdcache.format.dense import Dense
+from kdcache.format.topk import TopK
 from kdcache.stages.dump_feed import Claim, ShardBatches, batches, worker_deaths
 from kdcache.stages.dump_plan import Job, labels_to_keep
 from kdcache.stages.last_layer import smaller_layer
 from kdcache.stages.preflight import free_bytes, planned_bytes
+from kdcache.store.quality import Captured, of_logits
 from kdcache.train.encode import encode
 
 _MEASURE_SECONDS = 2.0
@@ -34,6 +38,8 @@ class DryRun:
         break_even_students: students of `epochs` epochs after which the dump has paid for itself.
         epochs: that estimate's epochs a student.
         factored: the teacher's last linear layer, where `--factored` with it would make smaller rows; None where not.
+        captured: of top-k rows, at each stored temperature, the probability of the kept classes and the share of KL to
+            the uniform distribution that they and their bucket hold, of the last batch that was measured; else empty.
     """
 
     rows: int
@@ -47,6 +53,7 @@ class DryRun:
     break_even_students: int
     epochs: int
     factored: str | None = None
+    captured: tuple[Captured, ...] = ()
 
 
 def measure(job: Job, out: Path) -> DryRun:
@@ -64,7 +71,8 @@ def measure(job: Job, out: Path) -> DryRun:
                 begun, forwarded, done = begun + elapsed, 0.0, 0
             tick = time.perf_counter()
             logits, inputs = job.forward(fed.inputs)
-            encode(plan.schema.encoding, logits, labels_to_keep(fed, plan.schema, job.device), inputs=inputs).bad.cpu()
+            labels = labels_to_keep(fed, plan.schema, job.device)
+            encode(plan.schema.encoding, logits, labels, inputs=inputs).bad.cpu()
             now = time.perf_counter()
             forwarded, elapsed, done = forwarded + now - tick, now - begun, done + stop - start
             if elapsed > _MEASURE_SECONDS:
@@ -84,7 +92,16 @@ def measure(job: Job, out: Path) -> DryRun:
         break_even_students=max(1, math.ceil(epochs / options.epochs)),
         epochs=options.epochs,
         factored=_smaller(job),
+        captured=_captured(job, logits, labels),
     )
+
+
+def _captured(job: Job, logits: Tensor, labels: Tensor | None) -> tuple[Captured, ...]:
+    encoding = job.plan.schema.encoding
+    if encoding.has_all_logits or not isinstance(encoding, TopK):
+        return ()
+    kept = None if labels is None or not encoding.labels else labels.cpu().numpy()
+    return tuple(of_logits(encoding, logits.float().cpu().numpy(), kept))
 
 
 def _smaller(job: Job) -> str | None:

@@ -13,6 +13,14 @@ from kdcache.store.inspect import describe
 from kdcache.store.shards import remove_temporaries
 
 CARD = "README.md"
+# What the arrays of an encoding mean, in a line.
+_MEANING = {
+    ("dense", "float16"): "The row maximum is kept apart: raw logit = `logits` + `row_max`.",
+    ("dense", "float32"): "They are `logits`.",
+    ("topk", "float16"): "The largest are `topk_logits` + `row_max` of `topk_classes`; the others are summed up.",
+    ("factored", "float16"): "Raw logits = (`features` * `row_scale`) @ weight.T + bias, which are in `head.h5`.",
+}
+_ELSE = "They are coded in small integers, with the largest beside; the format is documented with kdcache."
 _MARKUP = re.compile(r"[<>&\[\]!\\]")  # tags, entities, links, images, escapes; * and _ only make text slanted
 
 
@@ -77,8 +85,8 @@ def render_card(summary: dict[str, Any], *, name: str) -> str:
         f"| root hash | `{summary['root']}` |",
         f"| created | {_cell(summary['created'] or 'not recorded')} |",
         "",
-        "The arrays stand at the root of each file in `shards/`; any HDF5 tool reads them. `logits` are raw",
-        "(no softmax, no temperature); for float16 the row maximum is kept apart: raw logit = logits + row_max.",
+        "The arrays stand at the root of each file in `shards/`; any HDF5 tool reads them. Logits are raw (no softmax,",
+        f"no temperature). {_MEANING.get((encoding['name'], encoding['dtype']), _ELSE)}",
         "",
         "```python",
         "import kdcache",

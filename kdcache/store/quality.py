@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from kdcache.format.ranking import largest_classes
 from kdcache.format.topk import Z2, TopK
 from kdcache.store.cache import Cache
 from kdcache.store.rows import TeacherRows
@@ -69,6 +70,35 @@ def of_rows(rows: TeacherRows) -> list[Captured]:
     for place in range(len(betas) - 1, 0, -1):
         mass, share = _at(kept, f[place], betas[place], slopes[place], tail_classes, encoding.num_classes)
         found.append(Captured(1 / betas[place], mass, share))
+    return found
+
+
+def of_logits(encoding: TopK, logits: np.ndarray, labels: np.ndarray | None) -> list[Captured]:
+    """Of raw logits (N, C, ...) before they are encoded, exactly: least and most are equal.
+
+    Args:
+        encoding: what they would be stored as.
+        logits: floats.
+        labels: (N, L) int64 with -1 for none, whose logits are kept as well; None for none.
+    """
+    is_kept = np.zeros(logits.shape, bool)
+    np.put_along_axis(is_kept, largest_classes(logits, encoding.k), True, axis=1)
+    for label in () if labels is None else labels.T:
+        at = np.flatnonzero(label >= 0)
+        is_kept[at, label[at]] = True
+    found = []
+    for temperature in (t for t in encoding.temperatures if isinstance(t, float)):
+        scaled = logits.astype(np.float64) / temperature
+        top = scaled.max(axis=1, keepdims=True)
+        log_p = scaled - top - np.log(np.exp(scaled - top).sum(axis=1, keepdims=True))
+        p = np.exp(log_p)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            each = np.where(p > 0, p * (log_p + math.log(encoding.num_classes)), 0)
+            tail, left = (p * ~is_kept).sum(axis=1), (~is_kept).sum(axis=1)
+            bucket = np.where(tail > 0, tail * np.log(tail * encoding.num_classes / left), 0)
+        whole = float(each.sum(axis=1).mean())
+        share = float(((each * is_kept).sum(axis=1) + bucket).mean()) / whole if whole > 0 else 1.0
+        found.append(Captured(temperature, float((p * is_kept).sum(axis=1).mean()), (share, share)))
     return found
 
 

@@ -123,6 +123,15 @@ def test_people_read_what_a_dump_would_cost(run, arguments) -> None:
         assert name in result.stdout
 
 
+def test_people_read_what_top_k_rows_would_capture(run, arguments) -> None:
+    result = run(*arguments(), "--dry-run", "--top-k", "2", "--temperatures", "1,8")
+    assert result.exit_code == 0, result.stderr
+    assert " % of the KL at T = 1\n" in result.stdout
+    assert " % of the KL at T = 8\nbetter:    --dtype int4 or a larger --top-k" in result.stdout
+    report = json.loads(run(*arguments(), "--dry-run", "--top-k", "2", "--json").stdout)
+    assert [one["temperature"] for one in report["captured"]] == [1, 2, 4]
+
+
 @pytest.mark.parametrize(
     ("count", "text"),
     [(0, "0 bytes"), (999, "999 bytes"), (31232, "31.23 kB"), (2**31, "2.147 GB"), (10**16, "1e+04 TB")],

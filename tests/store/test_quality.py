@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from kdcache.format.topk import TopK
 from kdcache.store.cache import open as open_cache
-from kdcache.store.quality import captured, of_rows
+from kdcache.store.quality import captured, of_logits, of_rows
 from kdcache.store.rows import TeacherRows
 from kdcache.store.writer import Writer
 
@@ -73,3 +73,16 @@ def test_a_cache_is_sampled_and_one_with_all_logits_has_nothing_to_say(tmp_path:
     for name in ("all", "dense"):
         with open_cache(tmp_path / name) as cache:
             assert captured(cache) == []
+
+
+def test_before_rows_are_encoded_the_share_is_exact(tmp_path: Path) -> None:
+    logits = np.random.default_rng(3).normal(size=(50, 30)).astype(np.float32) * 2
+    labels = np.arange(50) % 31 - 1
+    encoding = TopK((30,), 4, (1.0, 2.0), 1)
+    kept = np.zeros(logits.shape, bool)
+    np.put_along_axis(kept, np.argsort(-logits, axis=1)[:, :4], True, axis=1)
+    kept[np.flatnonzero(labels >= 0), labels[labels >= 0]] = True
+    for one in of_logits(encoding, logits, labels[:, None]):
+        mass, dense, bucketed = dense_and_bucketed(logits, kept, one.temperature)
+        assert one.mass == pytest.approx(mass)
+        assert one.kl_share == pytest.approx((bucketed / dense,) * 2)
