@@ -27,8 +27,9 @@ from kdcache.stages.distill_inputs import Source, check_held_out, check_signal, 
 from kdcache.stages.distill_loop import RunJob, train
 from kdcache.stages.distill_options import DistillOptions, portable, resolve
 from kdcache.stages.loaded_data import LoadedData
+from kdcache.stages.loss_options import needs_teacher
 from kdcache.stages.metrics import MetricsLog
-from kdcache.stages.objective import Objective
+from kdcache.stages.objective import build_objective
 from kdcache.stages.optim import Schedule, build_optimizer
 from kdcache.stages.order import Order
 from kdcache.stages.parallel import Team, team
@@ -43,7 +44,6 @@ from kdcache.store.cache import Cache
 from kdcache.store.posix import exists, translated, unlink
 from kdcache.store.versions import versions
 from kdcache.train.cache_views import Augment
-from kdcache.train.loss_settings import LossSettings
 
 RANK_SEED_STEP = 1_000_003  # dropout differs between ranks
 
@@ -168,10 +168,7 @@ def _build_trainer(net: nn.Module, width: int, train: Source, options: DistillOp
         optimizer=optimizer,
         scaler=grad_scaler(options.amp, ranks.device),
         schedule=Schedule(options.schedule, options.lr, total_steps, options.warmup),
-        objective=Objective(
-            LossSettings(options.alpha, options.temperature, label_smoothing=options.label_smoothing),
-            options.hard_targets,
-        ),
+        objective=build_objective(options, total_steps=total_steps),
         order=order,
         team=ranks,
         amp=options.amp,
@@ -269,7 +266,8 @@ def _announce(job: RunJob, state: State) -> None:
     if not job.trainer.team.is_first or job.options.quiet:
         return
     order, lines = job.trainer.order, [f"loss = {job.trainer.objective.formula}"]
-    if job.options.alpha == 0 and job.source.cache is not None and not job.options.hard_targets:
+    lines += job.trainer.objective.notes(world_size=job.trainer.team.world_size)
+    if not needs_teacher(job.options) and job.source.cache is not None and not job.options.hard_targets:
         lines.append("rows without a label learn from the teacher all the same; leave out --cache for labels only")
     lines.append(
         f"{len(order.positions):,} rows, {order.steps_per_epoch:,} steps an epoch, {job.total_steps:,} steps in all"

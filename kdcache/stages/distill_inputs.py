@@ -22,6 +22,7 @@ from kdcache.stages.batches import Batch, take_apart
 from kdcache.stages.calling import call_model
 from kdcache.stages.data import LoadedData, load_data
 from kdcache.stages.distill_options import DistillOptions
+from kdcache.stages.loss_options import check_encoding, needs_teacher
 from kdcache.stages.signals import shield_worker
 from kdcache.stages.student_views import ViewSettings, describe_views, in_views, refuse_views
 from kdcache.stages.students import load_student
@@ -223,10 +224,11 @@ def check_signal(source: Source, held_out: Source | None, options: DistillOption
     """
     if source.cache is None and options.hard_targets:
         raise UsageError("--hard-targets needs the teacher's logits; give --cache")
-    if source.cache is None and options.alpha > 0:
-        raise UsageError(
-            f"--alpha {options.alpha:g} needs the teacher's logits; give --cache, or --alpha 0 for labels only"
-        )
+    if source.cache is not None:
+        check_encoding(options, source.cache.encoding)
+    if source.cache is None and needs_teacher(options):
+        asked = f"--alpha {options.alpha:g}" if options.alpha else f"--alpha-schedule {options.alpha_schedule}"
+        raise UsageError(f"{asked} needs the teacher's logits; give --cache, or --alpha 0 for labels only")
     if source.cache is None and example_batch(source).labels is None:
         raise UsageError("the training data has no labels and there is no cache: there is nothing to learn from")
     if held_out is not None and held_out.cache is None and example_batch(held_out).labels is None:

@@ -146,7 +146,7 @@ def _evaluate(job: RunJob, state: State, held_out: Any, log: MetricsLog) -> None
     """Measures the student, and keeps it if it is the best so far."""
     fetch_window(state)  # a student that diverged is not worth measuring
     assert job.held_out is not None
-    trainer, objective = job.trainer, job.trainer.objective
+    trainer, objective = job.trainer, job.trainer.objective.at(state.step - 1)
     trainer.team.copy_from_first(list(trainer.student.buffers()))
     has_teacher = job.held_out.cache is not None
     if not has_teacher:

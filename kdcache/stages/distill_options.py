@@ -15,6 +15,7 @@ from typing import Any
 from kdcache.errors import UsageError
 from kdcache.format.schema import MAX_VIEWS
 from kdcache.stages.choices import AMP, DEFAULT_LR, DEFAULT_WEIGHT_DECAY, OPTIMIZERS, SCHEDULES, listed
+from kdcache.stages.loss_options import DEFAULT_ALPHA, DEFAULT_LOSS, check_losses, resolve_alpha
 from kdcache.stages.option import flag, option
 
 MISSING = ("error", "ce", "skip")
@@ -46,8 +47,25 @@ class DistillOptions:
     init: str | None = option(None, "State dict (.pt or .safetensors) that the student starts from.", group="inputs")
     out: str | None = option(None, "Folder of the run.", group="inputs")
 
-    alpha: float = option(0.9, "Weight of the teacher's term, 0 (labels only) to 1 (teacher only).", group="loss")
+    alpha: float = option(
+        DEFAULT_ALPHA, "Weight of the teacher's term, 0 (labels only) to 1 (teacher only).", group="loss"
+    )
+    alpha_schedule: str = option(
+        "constant", "Course of alpha: constant, linear:END or cosine:END over all steps.", group="loss"
+    )
+    ce_weight: float | None = option(None, "With --kd-weight, instead of --alpha: weight of the labels.", group="loss")
+    kd_weight: float | None = option(None, "With --ce-weight: weight of the teacher's term.", group="loss")
     temperature: float = option(4.0, "Softmax temperature of teacher and student, above 0.", group="loss")
+    temperature_schedule: str = option(
+        "constant", "Course of the temperature: constant, linear:END or cosine:END.", group="loss"
+    )
+    student_temperature: float | None = option(None, "Temperature of the student, where it differs.", group="loss")
+    loss: tuple[str, ...] = option(
+        (), f"NAME[:key=value,...][*weight], repeated: the teacher's term ({DEFAULT_LOSS}).", group="loss"
+    )
+    tail_tolerance: float | None = option(
+        None, "Mean error of the tail's mass of top-k rows at a temperature not stored (0.01).", group="loss"
+    )
     hard_targets: bool = option(False, "Cross-entropy on the teacher's argmax for every row instead.", group="loss")
     label_smoothing: float = option(0.0, "Label smoothing of the cross-entropy, 0 to 1.", group="loss")
     missing: str = option(
@@ -118,6 +136,8 @@ def resolve(options: DistillOptions) -> DistillOptions:
     """
     _check_choices(options)
     _check_numbers(options)
+    options = resolve_alpha(options)
+    check_losses(options)
     if options.epochs is not None and options.steps is not None:
         raise UsageError("--epochs and --steps exclude each other; give one of them")
     if options.resume and options.overwrite:
@@ -153,6 +173,11 @@ def _check_numbers(options: DistillOptions) -> None:
     ranges: dict[str, tuple[bool, str]] = {
         "alpha": (0 <= options.alpha <= 1, "between 0 and 1"),
         "temperature": (0 < options.temperature < math.inf, "above 0"),
+        "student_temperature": (
+            options.student_temperature is None or 0 < options.student_temperature < math.inf,
+            "above 0",
+        ),
+        "tail_tolerance": (options.tail_tolerance is None or options.tail_tolerance > 0, "above 0"),
         "label_smoothing": (0 <= options.label_smoothing < 1, "at least 0 and below 1"),
         "views": (options.views is None or 1 <= options.views <= MAX_VIEWS, f"1 to {MAX_VIEWS}"),
         "view_seed": (options.view_seed is None or 0 <= options.view_seed < 2**63, "at least 0 and below 2**63"),
@@ -184,6 +209,8 @@ def portable(options: DistillOptions) -> dict[str, Any]:
 
 
 def _portable_value(name: str, value: Any) -> Any:
+    if isinstance(value, tuple):
+        return list(value)  # as JSON gives it back
     if not isinstance(value, str):
         return value
     if name in PATHS:

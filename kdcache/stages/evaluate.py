@@ -20,10 +20,11 @@ from kdcache.stages.calling import call_model
 from kdcache.stages.objective import Objective, masked_kl
 from kdcache.stages.parallel import Team
 from kdcache.stages.training import Trainer
-from kdcache.train.losses import cross_entropy
+from kdcache.train.cross_entropy import cross_entropy
+from kdcache.train.row_weights import per_position
 
 # What `evaluate` counts, in this order.
-COUNTS = ("loss", "weight", "nll", "correct", "labelled", "kl", "agree", "taught")
+COUNTS = ("loss", "weight", "nll", "correct", "labelled", "kl", "agree", "taught", "measured")
 
 
 def batches_of_rank(positions: np.ndarray, batch_size: int, team: Team) -> list[list[int]]:
@@ -38,7 +39,8 @@ def evaluate(trainer: Trainer, batches: Iterable[Any], objective: Objective, *, 
     Returns:
         `val_loss` (the training objective), and where rows have a label `val_nll` (nats) and
         `val_accuracy`, where they have a teacher `agreement` (share of rows with the same top class) and
-        `teacher_kl` (mean KL(teacher || student) at temperature 1, nats). Dense prediction counts positions.
+        `teacher_kl` (mean KL(teacher || student) at temperature 1, nats; of top-k rows that of the bucketed
+        distributions, left out where they cannot tell). Dense prediction counts positions.
     """
     student, team = trainer.student.eval(), trainer.team
     counts = torch.zeros(len(COUNTS), dtype=torch.float32 if team.device.type == "mps" else torch.float64)
@@ -56,16 +58,19 @@ def evaluate(trainer: Trainer, batches: Iterable[Any], objective: Objective, *, 
 def _counts(logits: Tensor, batch: Batch, objective: Objective) -> list[Tensor]:
     zero = logits.new_zeros(())
     loss, weight = objective.sums(logits, batch)
-    found = [loss, weight, zero, zero, zero, zero, zero, zero]
+    found = [loss, weight, *[zero] * 7]
     top = logits.argmax(dim=1)
     if batch.labels is not None:
         assert isinstance(batch.labels, Tensor)  # validation data are never mixed
         labelled = batch.labels >= 0
         found[2:5] = cross_entropy(logits, batch.labels).sum(), (top == batch.labels).sum(), labelled.sum()
     if batch.teacher is not None:
-        divergence, taught = masked_kl(logits, batch, temperature=1.0)
-        agrees = (top == batch.teacher.dense().argmax(dim=1)) & taught
-        found[5:8] = divergence.sum(), agrees.sum(), taught.sum()
+        agrees = top == batch.teacher.encoding.top_class(batch.teacher.arrays)
+        taught = per_position(batch.teacher.has_teacher, agrees).expand(agrees.shape)
+        found[6:8] = (agrees & taught).sum(), taught.sum()
+        divergence = masked_kl(logits, batch, temperature=1.0)
+        if divergence is not None:
+            found[5], found[8] = divergence[0].sum(), divergence[1].sum()
     return [value.to(torch.float32) for value in found]
 
 
@@ -78,7 +83,8 @@ def _metrics(counts: dict[str, float]) -> dict[str, float]:
         metrics["val_accuracy"] = counts["correct"] / counts["labelled"]
     if counts["taught"]:
         metrics["agreement"] = counts["agree"] / counts["taught"]
-        metrics["teacher_kl"] = counts["kl"] / counts["taught"]
+    if counts["measured"]:
+        metrics["teacher_kl"] = counts["kl"] / counts["measured"]
     return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
 

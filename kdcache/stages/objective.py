@@ -7,29 +7,82 @@ taken by whoever knows the whole batch.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import final
 
 import torch
 from torch import Tensor
 
 from kdcache.errors import UsageError
 from kdcache.stages.batches import Batch
+from kdcache.stages.distill_options import DistillOptions
+from kdcache.stages.loss_options import courses, loss_settings
+from kdcache.train.cross_entropy import Labels, cross_entropy
+from kdcache.train.distributions import pair
+from kdcache.train.divergence_losses import kl_of
+from kdcache.train.kd_terms import sum_terms
 from kdcache.train.loss_settings import LossSettings
-from kdcache.train.losses import Labels, cross_entropy, soft_target_kl, sum_terms
 from kdcache.train.mixed_labels import MixedLabels
-from kdcache.train.soft_targets import pseudo_labels, teacher_signal
+from kdcache.train.schedules import Course
+from kdcache.train.soft_targets import pseudo_labels
 
 
+@final
 @dataclass(frozen=True)
 class Objective:
-    """(1 - alpha) * CE + alpha * temperature**2 * KL, or CE on the teacher's argmax (`hard_targets`)."""
+    """(1 - alpha) * CE + alpha * (losses against the teacher), or CE on the teacher's argmax (`hard_targets`).
+
+    Attributes:
+        settings: of the first step, and of all where nothing has a schedule.
+        hard_targets: the control, for which the settings count for nothing but their label smoothing.
+        alpha: its course over the run.
+        temperature: likewise.
+        total_steps: of the run.
+    """
 
     settings: LossSettings
     hard_targets: bool = False
+    alpha: Course = Course()
+    temperature: Course = Course()
+    total_steps: int = 1
 
     @property
     def formula(self) -> str:
         """With its numbers, as printed at the start and kept in the run record."""
-        return "CE(argmax of the teacher)" if self.hard_targets else self.settings.formula
+        if self.hard_targets:
+            return "CE(argmax of the teacher)"
+        moving = [
+            f"{name} {course.shown(start)}"
+            for name, course, start in (
+                ("alpha", self.alpha, self.settings.alpha),
+                ("temperature", self.temperature, self.settings.temperature),
+            )
+            if course.end is not None
+        ]
+        return self.settings.formula + (f"; from the first step to the last: {', '.join(moving)}" if moving else "")
+
+    def at(self, step: int) -> Objective:
+        """The objective of one step (from 0), with the numbers that its schedules give."""
+        if self.alpha.end is None and self.temperature.end is None:
+            return self
+        alpha = self.alpha.at(step, self.total_steps, start=self.settings.alpha)
+        temperature = self.temperature.at(step, self.total_steps, start=self.settings.temperature)
+        return Objective(replace(self.settings, alpha=alpha, temperature=temperature), self.hard_targets)
+
+    def notes(self, *, world_size: int) -> list[str]:
+        """What else is to be said at the start of a run, a line each."""
+        notes, scale = [], self.settings.scale
+        if scale != 1:
+            ce, kd = (scale * share for share in (1 - self.settings.alpha, self.settings.alpha))
+            notes.append(
+                f"--ce-weight {ce:g} and --kd-weight {kd:g} are alpha {self.settings.alpha:g}, all times {scale:g}"
+            )
+        names = [part.loss.name for part in self.settings.losses if part.loss.is_of_batch]
+        if names and world_size > 1:
+            notes.append(
+                f"{names[0]} correlates the rows of each of the {world_size} ranks on its own: with another number of "
+                "ranks it is another loss"
+            )
+        return notes
 
     def sums(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Numerator (with a gradient) and denominator of the mean over some rows of a step.
@@ -50,7 +103,8 @@ class Objective:
     def parts(self, logits: Tensor, batch: Batch) -> Tensor:
         """The terms apart, for metrics: sums and counts [CE, labelled rows, temperature**2 * KL, taught rows].
 
-        CE is without smoothing. In hard-target runs it is that of the teacher's argmax.
+        CE is without smoothing. In hard-target runs it is that of the teacher's argmax. The KL is measured whatever
+        the losses are; of top-k rows it is that of the bucketed distributions.
         """
         labels = self._hard_labels(batch) if self.hard_targets else batch.labels
         parts = [logits.new_zeros((), dtype=torch.float32)] * 4
@@ -58,8 +112,15 @@ class Objective:
             known = labels.known if isinstance(labels, MixedLabels) else labels
             parts[:2] = cross_entropy(logits.float(), labels).sum(), (known >= 0).sum()
         if batch.teacher is not None:
-            divergence, taught = masked_kl(logits.float(), batch, temperature=self.settings.temperature)
-            parts[2:] = divergence.sum() * self.settings.factor, taught.sum()
+            found = masked_kl(
+                logits.float(),
+                batch,
+                temperature=self.settings.temperature,
+                student_temperature=self.settings.student_temperature,
+                tail_tolerance=self.settings.tail_tolerance,
+            )
+            if found is not None:
+                parts[2:] = found[0].sum() * self.settings.factor, found[1].sum()
         return torch.stack([part.float() for part in parts])
 
     @staticmethod
@@ -76,12 +137,45 @@ class Objective:
         return MixedLabels(first, second, ratio)
 
 
-def masked_kl(logits: Tensor, batch: Batch, *, temperature: float) -> tuple[Tensor, Tensor]:
-    """KL(teacher || student) per row (0 without a teacher), and which rows have one: (N, ...) each."""
+def build_objective(options: DistillOptions, *, total_steps: int) -> Objective:
+    """What the options ask for.
+
+    Raises:
+        UsageError: a loss, a schedule or a number that cannot be meant.
+    """
+    alpha, temperature = courses(options)
+    return Objective(loss_settings(options), options.hard_targets, alpha, temperature, total_steps)
+
+
+def masked_kl(
+    logits: Tensor,
+    batch: Batch,
+    *,
+    temperature: float,
+    student_temperature: float | None = None,
+    tail_tolerance: float | None = None,
+) -> tuple[Tensor, Tensor] | None:
+    """KL(teacher || student) per row (0 without a teacher), and which rows have one: (N, ...) each.
+
+    None where the rows are of top-k and cannot tell at this temperature: a metric is left out then, where a loss would
+    be refused.
+    """
     assert batch.teacher is not None
-    signal = teacher_signal(batch.teacher, dtype=logits.dtype)
-    divergence = soft_target_kl(logits, signal.logits, temperature=temperature)
+    divisor = temperature if student_temperature is None else student_temperature
+    try:
+        both = pair(
+            logits,
+            batch.teacher,
+            temperature=temperature,
+            student_temperature=divisor,
+            tail_tolerance=tail_tolerance,
+        )
+    except UsageError:
+        if batch.teacher.encoding.has_all_logits:
+            raise
+        return None
+    divergence = kl_of(both, temperature=temperature, student_temperature=divisor)
     taught = torch.ones_like(divergence, dtype=torch.bool)
-    if signal.has_teacher is not None:
-        taught &= signal.has_teacher.reshape(-1, *[1] * (divergence.ndim - 1))
+    if both.has_teacher is not None:
+        taught &= both.has_teacher.reshape(-1, *[1] * (divergence.ndim - 1))
     return torch.where(taught, divergence, 0.0), taught

@@ -92,19 +92,19 @@ def take_step(trainer: Trainer, batches: Iterator[Any], step: int, *, with_parts
     order, optimizer, device = trainer.order, trainer.optimizer, trainer.team.device
     set_lr(optimizer, trainer.schedule.at(step))
     optimizer.zero_grad(set_to_none=True)
-    rows = len(order.rows(step))
+    rows, objective = len(order.rows(step)), trainer.objective.at(step)
     sums, parts = torch.zeros(2, device=device), torch.zeros(4, device=device)
     for _ in order.pieces(step):
         batch = take_apart(next(batches), has_teacher=trainer.has_teacher).to(device, num_classes=trainer.num_classes)
         with autocast(trainer.amp, device):
             logits = call_model(trainer.student, batch.inputs, what="student")
-        numerator, denominator = trainer.objective.sums(logits, batch)
+        numerator, denominator = objective.sums(logits, batch)
         # Dividing by the rows of the step here keeps fp16 gradients in range, and is already the mean
         # where every row counts; what is missing to the true denominator follows below.
         trainer.scaler.scale(numerator / rows).backward()  # type: ignore[no-untyped-call]
         sums += torch.stack((numerator.detach(), denominator)).to(sums.dtype)
         if with_parts:
-            parts += trainer.objective.parts(logits.detach(), batch)
+            parts += objective.parts(logits.detach(), batch)
     trainer.team.sum(sums)
     trainer.team.sum_gradients(trainer.parameters)
     trainer.scaler.unscale_(optimizer)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import final
 
 import torch
 from torch import nn
 
+from kdcache.train.cross_entropy import Labels
+from kdcache.train.kd_terms import loss_terms, sum_terms
+from kdcache.train.loss_records import Loss, WeightedLoss
 from kdcache.train.loss_settings import LossSettings
-from kdcache.train.losses import Labels, loss_terms, safe_mean, sum_terms
+from kdcache.train.loss_text import as_losses
+from kdcache.train.reductions import safe_mean
 from kdcache.train.soft_targets import Teacher
 
 
@@ -16,11 +21,17 @@ from kdcache.train.soft_targets import Teacher
 class DistillationLoss(nn.Module):
     """(1 - alpha) * CE + alpha * temperature**2 * KL(teacher || student); see `kdcache.losses.kd_loss`.
 
+    Other losses may stand in the place of the KL, as a weighted sum: `losses=["kl", "dkd:beta=2*0.5"]`, or records as
+    `kdcache.losses.WeightedLoss(kdcache.losses.Dkd(beta=2), 0.5)`. DIST is a property of the batch that it is given.
+
     Args:
         alpha: weight of the KD term, in [0, 1]; 0 = labels alone, 1 = teacher alone.
         temperature: divides both logits, above 0.
         student_temperature: of the student where it differs; the factor is then its square.
         label_smoothing: of the CE term, in [0, 1).
+        losses: what alpha weighs, by record or by text; the KL by default.
+        class_mask: (C,) bool, True for classes that take part; not part of the state dict.
+        tail_tolerance: of `topk` rows, as in `kd_loss`.
 
     Raises:
         UsageError: a number that cannot be meant.
@@ -39,9 +50,21 @@ class DistillationLoss(nn.Module):
         *,
         student_temperature: float | None = None,
         label_smoothing: float = 0.0,
+        losses: Iterable[WeightedLoss | Loss | str] | Loss | WeightedLoss | str = "kl",
+        class_mask: torch.Tensor | None = None,
+        tail_tolerance: float | None = None,
     ) -> None:
         super().__init__()
-        self.settings = LossSettings(alpha, temperature, student_temperature, label_smoothing)
+        self.settings = LossSettings(
+            alpha,
+            temperature,
+            student_temperature,
+            label_smoothing,
+            as_losses(losses),
+            tail_tolerance=tail_tolerance,
+        )
+        self.class_mask: torch.Tensor | None
+        self.register_buffer("class_mask", class_mask, persistent=False)
 
     @property
     def formula(self) -> str:
@@ -63,7 +86,9 @@ class DistillationLoss(nn.Module):
             labels: (N, ...) integers, -1 = no label, or MixedLabels; None only with alpha=1.
             sample_weight: (N,) or (N, ...).
         """
-        terms, total = loss_terms(student_logits, teacher, labels, self.settings, sample_weight=sample_weight)
+        terms, total = loss_terms(
+            student_logits, teacher, labels, self.settings, sample_weight=sample_weight, class_mask=self.class_mask
+        )
         return safe_mean(terms.sum(), total)
 
     def sums(
@@ -74,7 +99,9 @@ class DistillationLoss(nn.Module):
         sample_weight: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Numerator and denominator of that mean, for a global batch; see `kdcache.losses.loss_sums`."""
-        return sum_terms(student_logits, teacher, labels, self.settings, sample_weight=sample_weight)
+        return sum_terms(
+            student_logits, teacher, labels, self.settings, sample_weight=sample_weight, class_mask=self.class_mask
+        )
 
     def extra_repr(self) -> str:
         """The formula, for `print(criterion)`."""

@@ -57,7 +57,7 @@ def row_weights(
         taught = per_position(has_teacher, none).expand(shape)
     else:
         taught = ~none if has_teacher else none
-    weight = like.new_ones(()) if sample_weight is None else _check_weight(sample_weight, none).to(like.dtype)
+    weight = like.new_ones(()) if sample_weight is None else weight_per_position(sample_weight, none).to(like.dtype)
     kl = weight * taught * torch.where(labelled, like.new_full((), alpha), 1.0)
     ce = weight * labelled * torch.where(taught, like.new_full((), 1.0 - alpha), 1.0)
     return RowWeights(ce=ce, kl=kl, total=(weight * (taught | labelled)).sum())
@@ -81,7 +81,12 @@ def _alike(labels: torch.Tensor | None, has_teacher: torch.Tensor | bool, alpha:
     return alpha if has_teacher else 0.0
 
 
-def _check_weight(sample_weight: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def weight_per_position(sample_weight: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """(N,) or (N, ...) weights, to be broadcast over the rows and positions of `like` (N, ...).
+
+    Raises:
+        UsageError: another shape.
+    """
     if sample_weight.ndim == 1 and len(sample_weight) == len(like):
         return per_position(sample_weight, like)
     if sample_weight.shape == like.shape:

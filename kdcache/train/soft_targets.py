@@ -57,7 +57,7 @@ def teacher_signal(teacher: Teacher, *, dtype: torch.dtype = torch.float32) -> T
     if signal.logits.shape[1] == 1:
         raise UsageError(
             "the teacher has one class: softmax over one class is always 1, so its KD term would be 0 without a word. "
-            "Use kdcache.train.binary.binary_kd for one-logit teachers"
+            "Use kdcache.losses.binary_kd for one-logit teachers"
         )
     return signal
 
@@ -112,8 +112,8 @@ def pseudo_labels(teacher: Teacher) -> torch.Tensor:
     >>> pseudo_labels(torch.tensor([[0.1, 2.0, -1.0]]))
     tensor([1])
     """
-    signal = teacher_signal(teacher)
-    labels = signal.logits.argmax(dim=1)
-    if signal.has_teacher is None:
-        return labels
-    return labels.masked_fill(~per_position(signal.has_teacher, labels), -1)
+    if not isinstance(teacher, TeacherRows):
+        return teacher_signal(teacher).logits.argmax(dim=1)
+    rows = teacher.tensors()
+    labels: torch.Tensor = rows.encoding.top_class(rows.arrays).long()  # also of rows that lack other logits
+    return labels.masked_fill(~per_position(rows.has_teacher, labels), -1)

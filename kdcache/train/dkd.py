@@ -1,0 +1,129 @@
+"""Decoupled knowledge distillation: the KL term cut into its target and its non-target part, weighed on their own.
+
+KL = TCKD + (1 - p_target) NCKD, so that a sure teacher says little about the other classes; DKD frees that weight.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from kdcache.errors import UsageError
+from kdcache.train.cross_entropy import check_kept, check_labels
+from kdcache.train.dense_logits import dense_logits
+from kdcache.train.distributions import log_softmax
+from kdcache.train.divergences import kl
+from kdcache.train.log_pair import Pair
+from kdcache.train.loss_numbers import check_part_weight, check_temperature
+from kdcache.train.mixed_labels import MixedLabels
+from kdcache.train.reductions import Reduction, RowTerms, reduce_rows
+from kdcache.train.row_weights import per_position
+from kdcache.train.soft_targets import Teacher
+
+
+def dkd_loss(
+    student_logits: Tensor,
+    teacher: Teacher,
+    labels: Tensor,
+    *,
+    temperature: float,
+    alpha: float = 1.0,
+    beta: float = 8.0,
+    student_temperature: float | None = None,
+    sample_weight: Tensor | None = None,
+    class_mask: Tensor | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """temperature**2 * (alpha * TCKD + beta * NCKD).
+
+    TCKD is the KL of (target, all others), NCKD that of the other classes among themselves, teacher || student. With
+    alpha = 1 and beta = 1 - p_target it is the KL term itself; with two classes NCKD is 0.
+
+    Args:
+        student_logits: (N, C) or (N, C, ...), raw.
+        teacher: TeacherRows that hold all logits, or raw logits of the same shape.
+        labels: (N, ...) integers, the target; rows without (-1), or without a teacher, do not count.
+        temperature: divides both logits, above 0.
+        alpha: weight of TCKD, not negative; no relation to the alpha of `kd_loss`.
+        beta: weight of NCKD, not negative.
+        student_temperature: of the student, where it differs; the factor is then its square.
+        sample_weight: (N,) or (N, ...), not negative.
+        class_mask: (C,) bool, True for classes that take part.
+        reduction: as in `kd_loss`.
+
+    Returns:
+        A float32 scalar, or (N, ...) with reduction="none"; float64 for float64 students.
+
+    Raises:
+        UsageError: numbers, labels or a teacher that cannot be meant, or rows that do not hold all logits.
+        MismatchError: student and teacher differ in classes or shape.
+        DataError: labels out of range.
+
+    Source: Zhao et al., Decoupled Knowledge Distillation, CVPR 2022 (arXiv:2203.08679), equations 3 to 7.
+
+    >>> dkd_loss(torch.zeros(1, 3), torch.zeros(1, 3), torch.tensor([1]), temperature=4.0)
+    tensor(0.)
+    """
+    rows = dkd_rows(
+        student_logits,
+        teacher,
+        labels,
+        temperature=temperature,
+        student_temperature=student_temperature,
+        alpha=alpha,
+        beta=beta,
+        class_mask=class_mask,
+    )
+    return reduce_rows(rows, sample_weight=sample_weight, reduction=reduction)
+
+
+def dkd_rows(
+    student_logits: Tensor,
+    teacher: Teacher,
+    labels: Tensor | MixedLabels,
+    *,
+    temperature: float,
+    student_temperature: float | None = None,
+    alpha: float,
+    beta: float,
+    class_mask: Tensor | None = None,
+) -> RowTerms:
+    """The loss of each row (N, ...); arguments are those of `dkd_loss`."""
+    check_temperature("temperature", temperature)
+    check_temperature("student_temperature", student_temperature)
+    check_part_weight("alpha of dkd", alpha)
+    check_part_weight("beta of dkd", beta)
+    if isinstance(labels, MixedLabels):
+        raise UsageError("dkd needs one target a row, and rows of mixed views (MixUp, CutMix) have two; use kl")
+    both = dense_logits(student_logits, teacher, loss="dkd", class_mask=class_mask)
+    targets = check_labels(both.student, labels)
+    assert isinstance(targets, Tensor)
+    if class_mask is not None:
+        check_kept(targets, class_mask)
+    divisor = temperature if student_temperature is None else student_temperature
+    at_target = targets.clamp_min(0).unsqueeze(1)
+    teachers, students = (
+        _split(log_softmax(logits, t), at_target)
+        for logits, t in ((both.teacher, temperature), (both.student, divisor))
+    )
+    target_part = kl(Pair(teachers[0], students[0], None))
+    other_part = kl(Pair(teachers[1], students[1], None))
+    counts = targets >= 0
+    if both.has_teacher is not None:
+        counts = counts & per_position(both.has_teacher, counts)
+    return RowTerms(divisor**2 * (alpha * target_part + beta * other_part), counts)
+
+
+def _split(log_probs: Tensor, at_target: Tensor) -> tuple[Tensor, Tensor]:
+    """log (target, all others) (N, 2, ...), and the log-probabilities of the others among themselves (N, C, ...).
+
+    The others are summed as such: 1 minus the target would lose all digits of a sure teacher.
+    """
+    target = log_probs.gather(1, at_target)
+    others = log_probs.scatter(1, at_target, -math.inf)
+    none_left = (others == -math.inf).all(dim=1, keepdim=True)
+    rest = others.masked_fill(none_left, 0.0).logsumexp(dim=1, keepdim=True)
+    among = others - rest
+    return torch.cat([target, rest.masked_fill(none_left, -math.inf)], dim=1), among
