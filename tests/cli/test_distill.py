@@ -102,3 +102,36 @@ def test_a_run_that_is_there_is_neither_replaced_nor_resumed_unasked(run, tmp_pa
 def test_a_truncated_cache_is_corrupt(run, teacher: Path, tmp_path: Path) -> None:
     (tmp_path / "short.h5").write_bytes(teacher.read_bytes()[:-100])
     assert run(*BASE, "--cache", tmp_path / "short.h5").exit_code == 3
+
+
+def test_losses_are_repeated_options_that_a_file_may_list(run, teacher: Path, tmp_path: Path) -> None:
+    losses = ("--loss", "js:beta=0.1*0.5", "--loss", "dist")
+    weights = ("--ce-weight", "1", "--kd-weight", "3")
+    result = run(*BASE, "--cache", teacher, *losses, *weights)
+    assert result.exit_code == 0, result.stderr
+    formula = "4*[0.25*CE + 0.75*(0.5*16*JS(beta 0.1) + 1*DIST(1*inter + 1*intra) at temperature 1)] at temperature 4"
+    assert f"loss = {formula}" in result.stderr
+    assert "--ce-weight 1 and --kd-weight 3 are alpha 0.75, all times 4" in result.stderr
+    printed = run(*BASE, "--cache", teacher, *losses, "--print-config").stdout
+    assert 'loss = ["js:beta=0.1*0.5", "dist"]  # command line' in printed
+    (tmp_path / "run.toml").write_text(printed.replace('out = "run"', 'out = "again"'))
+    assert run("distill", "--config", "run.toml").exit_code == 0
+    recorded = json.loads((tmp_path / "again" / "run.json").read_text())
+    assert recorded["options"]["loss"] == ["js:beta=0.1*0.5", "dist"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--loss", "kd"), "choose one of kl, reverse_kl, soft_ce, js, dkd, dist, standardized_kd, mse"),
+        (("--loss", "dist", "--grad-accumulation", "2"), "--grad-accumulation 2 cuts into pieces"),
+        (("--kd-weight", "1"), "--ce-weight and --kd-weight go together"),
+        (("--alpha-schedule", "step:1"), "--alpha-schedule 'step:1'"),
+    ],
+)
+def test_losses_that_cannot_be_meant_are_usage_errors(
+    run, teacher: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    result = run(*BASE, "--cache", teacher, *arguments)
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.split())
