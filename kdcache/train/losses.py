@@ -14,6 +14,7 @@ from kdcache.train.cross_entropy import NO_LABEL, Labels, cross_entropy
 from kdcache.train.dist import dist_loss
 from kdcache.train.divergence_losses import js_loss, reverse_kl_loss, soft_ce_loss, soft_target_kl
 from kdcache.train.dkd import dkd_loss
+from kdcache.train.feature_losses import FeatureMSE, feature_cosine, feature_mse, relational_distance, teacher_features
 from kdcache.train.kd import hard_target_loss, kd_loss, loss_sums
 from kdcache.train.kd_terms import loss_terms, sum_terms
 from kdcache.train.logit_mse import logit_mse_loss
@@ -39,6 +40,7 @@ __all__ = [
     "NO_LABEL",
     "Dist",
     "Dkd",
+    "FeatureMSE",
     "JensenShannon",
     "Kl",
     "Labels",
@@ -55,6 +57,8 @@ __all__ = [
     "cross_entropy",
     "dist_loss",
     "dkd_loss",
+    "feature_cosine",
+    "feature_mse",
     "hard_target_loss",
     "js_loss",
     "kd_loss",
@@ -62,10 +66,12 @@ __all__ = [
     "loss_sums",
     "loss_terms",
     "parse_loss",
+    "relational_distance",
     "reverse_kl_loss",
     "safe_mean",
     "soft_ce_loss",
     "soft_target_kl",
     "standardized_kd_loss",
     "sum_terms",
+    "teacher_features",
 ]
