@@ -110,4 +110,4 @@ def check_encoding(options: DistillOptions, encoding: Encoding) -> None:
         require("hard_target", encoding)
     elif needs_teacher(options):
         for part in loss_settings(options).losses:
-            require(part.loss.name, encoding)
+            require(part.loss.need, encoding)

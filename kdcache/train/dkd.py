@@ -13,7 +13,7 @@ from torch import Tensor
 from kdcache.errors import UsageError
 from kdcache.train.cross_entropy import check_kept, check_labels
 from kdcache.train.dense_logits import dense_logits
-from kdcache.train.distributions import log_softmax
+from kdcache.train.distributions import is_topk, log_softmax, pair
 from kdcache.train.divergences import kl
 from kdcache.train.log_pair import Pair
 from kdcache.train.loss_numbers import check_part_weight, check_temperature
@@ -21,6 +21,7 @@ from kdcache.train.mixed_labels import MixedLabels
 from kdcache.train.reductions import Reduction, RowTerms, reduce_rows
 from kdcache.train.row_weights import per_position
 from kdcache.train.soft_targets import Teacher
+from kdcache.train.sparse_metrics import target_pair
 
 
 def dkd_loss(
@@ -34,6 +35,7 @@ def dkd_loss(
     student_temperature: float | None = None,
     sample_weight: Tensor | None = None,
     class_mask: Tensor | None = None,
+    tail_tolerance: float | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
     """temperature**2 * (alpha * TCKD + beta * NCKD).
@@ -43,14 +45,15 @@ def dkd_loss(
 
     Args:
         student_logits: (N, C) or (N, C, ...), raw.
-        teacher: TeacherRows that hold all logits, or raw logits of the same shape.
+        teacher: TeacherRows that hold all logits, or raw logits of the same shape; with beta=0 `topk` rows as well.
         labels: (N, ...) integers, the target; rows without (-1), or without a teacher, do not count.
         temperature: divides both logits, above 0.
         alpha: weight of TCKD, not negative; no relation to the alpha of `kd_loss`.
         beta: weight of NCKD, not negative.
         student_temperature: of the student, where it differs; the factor is then its square.
         sample_weight: (N,) or (N, ...), not negative.
-        class_mask: (C,) bool, True for classes that take part.
+        class_mask: (C,) bool, True for classes that take part; not with `topk` rows.
+        tail_tolerance: of `topk` rows, see `kdcache.train.distributions.pair`.
         reduction: as in `kd_loss`.
 
     Returns:
@@ -75,6 +78,7 @@ def dkd_loss(
         alpha=alpha,
         beta=beta,
         class_mask=class_mask,
+        tail_tolerance=tail_tolerance,
     )
     return reduce_rows(rows, sample_weight=sample_weight, reduction=reduction)
 
@@ -89,6 +93,7 @@ def dkd_rows(
     alpha: float,
     beta: float,
     class_mask: Tensor | None = None,
+    tail_tolerance: float | None = None,
 ) -> RowTerms:
     """The loss of each row (N, ...); arguments are those of `dkd_loss`."""
     check_temperature("temperature", temperature)
@@ -97,6 +102,18 @@ def dkd_rows(
     check_part_weight("beta of dkd", beta)
     if isinstance(labels, MixedLabels):
         raise UsageError("dkd needs one target a row, and rows of mixed views (MixUp, CutMix) have two; use kl")
+    if beta == 0 and is_topk(teacher):
+        outcomes = pair(
+            student_logits,
+            teacher,
+            temperature=temperature,
+            student_temperature=student_temperature,
+            class_mask=class_mask,
+            tail_tolerance=tail_tolerance,
+        )
+        against_others = target_pair(outcomes, teacher.tensors(), labels)
+        factor = (temperature if student_temperature is None else student_temperature) ** 2
+        return RowTerms(factor * alpha * kl(against_others), against_others.has_teacher)
     both = dense_logits(student_logits, teacher, loss="dkd", class_mask=class_mask)
     targets = check_labels(both.student, labels)
     assert isinstance(targets, Tensor)

@@ -69,6 +69,11 @@ class Loss(ABC):
         """Whether the run's temperature is in it."""
         return False
 
+    @property
+    def need(self) -> str:
+        """What rows must serve, a name of `kdcache.train.capability`."""
+        return self.name
+
     @abstractmethod
     def rows(self, call: LossCall) -> RowTerms:
         """The loss of each row (N, ...), its factor included, and which rows it counts for."""
@@ -217,6 +222,11 @@ class Dkd(_Divergence):
         check_part_weight("alpha of dkd", self.alpha)
         check_part_weight("beta of dkd", self.beta)
 
+    @property
+    def need(self) -> str:
+        """The label's probability is enough where the other classes weigh nothing."""
+        return "dkd" if self.beta else "dkd_target"
+
     def _numbers(self) -> str:
         return f"({self.alpha:g}*TCKD + {self.beta:g}*NCKD)"
 
@@ -237,6 +247,7 @@ class Dkd(_Divergence):
             alpha=self.alpha,
             beta=self.beta,
             class_mask=call.class_mask,
+            tail_tolerance=call.tail_tolerance,
         )
 
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from topk_rows import rows_of
 
 from kdcache.errors import UsageError
 from kdcache.store.rows import TeacherRows
-from kdcache.train.losses import dist_loss, dkd_loss, kd_loss, standardized_kd_loss
+from kdcache.train.losses import Dkd, dist_loss, dkd_loss, kd_loss, standardized_kd_loss
 from kdcache.train.mixed_labels import MixedLabels
 from kdcache.train.standardized import standardize
 
@@ -98,6 +99,30 @@ def test_rows_without_a_label_have_no_dkd() -> None:
     kept = torch.tensor([0, 2, 3])
     expected = dkd_loss(v[kept], z[kept], labels[kept], temperature=2.0)
     assert dkd_loss(v, z, labels, temperature=2.0).item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+@given(st.integers(0, 2**31), st.integers(3, 30), st.integers(1, 30))
+def test_the_target_part_of_dkd_is_exact_on_top_k_rows(seed: int, classes: int, k: int) -> None:
+    v, z, labels = batch(7, classes, seed % 1000)
+    labels[2] = -1
+    rows = rows_of(z.astype(np.float32), k=min(k, classes), temperatures=(2.0,), labels=[labels])
+    student = torch.from_numpy(v).float().requires_grad_()
+    found = dkd_loss(student, rows, torch.from_numpy(labels), temperature=2.0, beta=0.0)
+    reference = torch.from_numpy(v).float().requires_grad_()
+    stored = torch.from_numpy(z).float()
+    expected = dkd_loss(reference, stored, torch.from_numpy(labels), temperature=2.0, beta=0.0)
+    assert found.item() == pytest.approx(expected.item(), rel=5e-3, abs=1e-4)  # kept logits are float16
+    found.backward()
+    expected.backward()
+    assert torch.allclose(student.grad, reference.grad, atol=2e-3)  # type: ignore[arg-type]
+
+
+def test_dkd_on_top_k_rows_needs_all_logits_for_its_other_part() -> None:
+    v, z, labels = batch(4, 9)
+    rows = rows_of(z.astype(np.float32), k=3, labels=[labels])
+    with pytest.raises(UsageError, match=r"encoding topk|all classes"):
+        dkd_loss(torch.from_numpy(v).float(), rows, torch.from_numpy(labels), temperature=2.0)
+    assert (Dkd(beta=0.0).need, Dkd().need) == ("dkd_target", "dkd")
 
 
 def test_dkd_refuses_two_targets_a_row_and_weights_below_0() -> None:
