@@ -39,6 +39,7 @@ from kdcache.stages.run_record import check_folder, describe_source, now, prepar
 from kdcache.stages.signals import StopRequest, graceful_signals
 from kdcache.stages.specs import one_line
 from kdcache.stages.student_views import view_settings
+from kdcache.stages.tail_note import tail_facts, tail_line
 from kdcache.stages.training import State, Trainer
 from kdcache.store.cache import Cache
 from kdcache.store.posix import exists, translated, unlink
@@ -267,6 +268,9 @@ def _announce(job: RunJob, state: State) -> None:
         return
     order, lines = job.trainer.order, [f"loss = {job.trainer.objective.formula}"]
     lines += job.trainer.objective.notes(world_size=job.trainer.team.world_size)
+    cache = job.source.cache
+    if cache is not None and needs_teacher(job.options):
+        lines += tail_line(cache, tail_facts(cache, job.options.temperature))
     if not needs_teacher(job.options) and job.source.cache is not None and not job.options.hard_targets:
         lines.append("rows without a label learn from the teacher all the same; leave out --cache for labels only")
     lines.append(
