@@ -93,7 +93,7 @@ def cost_text(result: Mapping[str, Any]) -> str:
             f"\ncaptured:  {100 * one['mass']:.3g} % of the mass, {share:.3g} % of the KL at T = {one['temperature']:g}"
         )
     if any(one["kl_share"][0] < 0.9 for one in result["captured"]):
-        lines += "\nbetter:    --dtype int4 or a larger --top-k, for the temperatures below 90 %"
+        lines += "\nbetter:    --dtype int4 (float16 below 30 classes) or a larger --top-k, for the temperatures below 90 %"
     if result["factored"] is not None:
         lines += f"\nsmaller:   --factored {result['factored']} stores the input of that layer, and the layer once"
     return lines

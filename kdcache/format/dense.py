@@ -1,9 +1,8 @@
 """The `dense` encoding with floats: all logits, as float32 or as float16 with the row maximum apart.
 
-float16 rows have their maximum subtracted before rounding and kept in float32 beside them. The mean KL
-to the exact row is then 20 times smaller at T = 1 than that of plain float16 (1000 classes: 5.5e-8
-against 1e-6), for 4 bytes a row, and a plain reader may use `logits` as they are: softmax does not see
-the shift.
+float16 rows have their maximum subtracted before rounding and kept in float32 beside them, so that an offset of the
+logits costs no digits (mean KL at T = 1: 27 times smaller where they stand around 20, 0.8 to 1.9 times where they are
+centred), for 4 bytes a row; and a plain reader may use `logits` as they are: softmax does not see the shift.
 """
 
 from __future__ import annotations
@@ -62,8 +61,13 @@ class Dense(Encoding):
     def decode(self, arrays: dict[str, Any]) -> Any:
         """Raw logit = logits + row_max (float16), or logits (float32)."""
         logits = arrays["logits"]
-        as_float = logits.astype(np.float32) if isinstance(logits, np.ndarray) else logits.float()
-        if self.stored == "float32":
-            return as_float
-        as_float += arrays["row_max"][:, None]
+        # NaN and infinity stand in no file of ours; `verify` names them, and here they must not end the process.
+        with np.errstate(invalid="ignore"):
+            as_float = logits.astype(np.float32) if isinstance(logits, np.ndarray) else logits.float()
+            if self.stored == "float16":
+                as_float += arrays["row_max"][:, None]
         return as_float
+
+    def flaw(self, arrays: dict[str, np.ndarray]) -> str | None:
+        """A largest logit that is not finite."""
+        return "row_max is infinite" if self.stored == "float16" and np.isinf(arrays["row_max"]).any() else None

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kdcache.errors import IncompleteCacheError
+from kdcache.errors import CorruptCacheError, IncompleteCacheError
 from kdcache.format.encodings import EncodingChoice
 from kdcache.store import posix
 from kdcache.store.cache import open as open_cache
@@ -78,11 +78,12 @@ def advice(catalog: Catalog, found: Sequence[Captured]) -> str | None:
     poor = [one for one in found if sum(one.kl_share) / 2 < POOR_SHARE]
     if not poor:
         return None
-    whole = EncodingChoice("int4").of(catalog.schema.encoding.row_shape)
-    wanted = sum(spec.row_bytes for spec in whole.specs)
+    shape = catalog.schema.encoding.row_shape
+    sizes = {dtype: EncodingChoice(dtype).of(shape).specs for dtype in ("int4", "float16")}  # few classes: float16
+    wanted, dtype = min((sum(spec.row_bytes for spec in specs), dtype) for dtype, specs in sizes.items())
     return (
         f"at T = {', '.join(f'{one.temperature:g}' for one in poor)} the kept classes hold less than {POOR_SHARE} of "
-        f"KL(teacher || uniform): for these temperatures dump with --dtype int4 ({wanted} bytes a row, here "
+        f"KL(teacher || uniform): for these temperatures dump with --dtype {dtype} ({wanted} bytes a row, here "
         f"{catalog.schema.payload_row_bytes}), or a larger --top-k"
     )
 
@@ -90,7 +91,7 @@ def advice(catalog: Catalog, found: Sequence[Captured]) -> str | None:
 def _captured(catalog: Catalog, path: Path) -> list[Captured] | None:
     if catalog.schema.encoding.has_all_logits:
         return None
-    with open_cache(path) as cache, contextlib.suppress(IncompleteCacheError):
+    with open_cache(path) as cache, contextlib.suppress(CorruptCacheError, IncompleteCacheError):  # for `verify` to say
         return captured(cache)
     return None
 

@@ -60,7 +60,7 @@ _NEEDS: dict[str, tuple[_Needs, str]] = {
     "feature_mse": (_Needs.FEATURES, "feature MSE"),
     "relational_distance": (_Needs.FEATURES, "relational distance of features"),
 }
-_SAME = {"kd": "kl", "soft_ce": "kl", "hard_target": "top1"}
+_SAME = {"kd": "kl", "soft_ce": "kl", "spread_kl": "kl", "hard_target": "top1"}
 NAMES = (*_NEEDS, *_SAME)
 
 # float16 and float32, then int8 and int4, which hold the top classes in float16.

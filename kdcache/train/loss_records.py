@@ -155,6 +155,30 @@ class Kl(_Divergence):
 
 @final
 @dataclass(frozen=True)
+class SpreadKl(_Divergence):
+    """temperature**2 * KL(teacher || student), the tail of top-k rows spread evenly over the classes not kept."""
+
+    name: ClassVar[str] = "spread_kl"
+    symbol: ClassVar[str] = "KL(teacher, tail spread || student)"
+    _function: ClassVar[str] = ""
+
+    def rows(self, call: LossCall) -> RowTerms:
+        """Of each row (N, ...)."""
+        from kdcache.train.spread import spread_kl_rows
+
+        of_teacher, of_student = self.temperatures(call.temperature, call.student_temperature)
+        return spread_kl_rows(
+            call.student_logits,
+            call.teacher,
+            temperature=of_teacher,
+            student_temperature=of_student,
+            class_mask=call.class_mask,
+            tail_tolerance=call.tail_tolerance,
+        )
+
+
+@final
+@dataclass(frozen=True)
 class ReverseKl(_Divergence):
     """temperature**2 * KL(student || teacher)."""
 
@@ -372,4 +396,5 @@ LOSSES: tuple[type[Loss], ...] = (
     Dist,
     StandardizedKl,
     LogitMse,
+    SpreadKl,
 )

@@ -27,6 +27,7 @@ from kdcache.train.loss_records import (
     Loss,
     ReverseKl,
     SoftCrossEntropy,
+    SpreadKl,
     StandardizedKl,
     WeightedLoss,
 )
@@ -34,6 +35,7 @@ from kdcache.train.loss_settings import LossSettings
 from kdcache.train.loss_text import parse_loss
 from kdcache.train.reductions import Reduction, safe_mean
 from kdcache.train.soft_targets import Teacher
+from kdcache.train.spread import spread_kl_loss
 from kdcache.train.standardized import standardized_kd_loss
 
 __all__ = [
@@ -50,6 +52,7 @@ __all__ = [
     "Reduction",
     "ReverseKl",
     "SoftCrossEntropy",
+    "SpreadKl",
     "StandardizedKl",
     "Teacher",
     "WeightedLoss",
@@ -71,6 +74,7 @@ __all__ = [
     "safe_mean",
     "soft_ce_loss",
     "soft_target_kl",
+    "spread_kl_loss",
     "standardized_kd_loss",
     "sum_terms",
     "teacher_features",

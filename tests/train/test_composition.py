@@ -225,6 +225,7 @@ def test_every_record_says_its_formula_and_whose_temperature_it_takes() -> None:
         "dist": "1*DIST(1*inter + 1*intra) at temperature 1",
         "standardized_kd": "4*KL(z-scores) at base temperature 2",
         "mse": "MSE(logits)",
+        "spread_kl": "16*KL(teacher, tail spread || student)",
     }
     assert settings(ReverseKl(temperature=2.0)).formula == "0.4*CE + 0.6*4*KL(student || teacher) at temperature 2"
     assert settings(StandardizedKl()).formula == "0.4*CE + 0.6*4*KL(z-scores) at base temperature 2"
