@@ -26,6 +26,8 @@ COMMANDS = (
     "distill",
     "inspect",
     "verify",
+    "calibrate",
+    "suspects",
     "merge",
     "convert",
     "export",

@@ -67,8 +67,8 @@ def growth_text(growth: Mapping[str, Any]) -> str:
     more = ", ..." if growth["labels_changed"] > len(growth["changed_ids"]) else ""
     return (
         f"{text}\nlabels changed: {growth['labels_changed']:,} of the {growth['labels_compared']:,} compared "
-        f"({', '.join(growth['changed_ids'])}{more}). The cache keeps the labels that it has, and a student is not "
-        "given these samples while the two differ; --overwrite makes a dump with the new labels"
+        f"({', '.join(growth['changed_ids'])}{more}). The cache keeps the labels that it has, and a run stops at "
+        "a sample whose two labels differ; --overwrite makes a dump with the new labels"
     )
 
 
@@ -93,7 +93,7 @@ def cost_text(result: Mapping[str, Any]) -> str:
             f"\ncaptured:  {100 * one['mass']:.3g} % of the mass, {share:.3g} % of the KL at T = {one['temperature']:g}"
         )
     if any(one["kl_share"][0] < 0.9 for one in result["captured"]):
-        lines += "\nbetter:    --dtype int4 (float16 below 30 classes) or a larger --top-k, for the temperatures below 90 %"
+        lines += "\nbetter:    --dtype int4 (float16 below 30 classes) or a larger --top-k, for those below 90 %"
     if result["factored"] is not None:
         lines += f"\nsmaller:   --factored {result['factored']} stores the input of that layer, and the layer once"
     return lines

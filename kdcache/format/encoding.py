@@ -40,7 +40,7 @@ class Encoding(ABC):
 
     def __post_init__(self) -> None:
         if not self.row_shape or min(self.row_shape) < 1 or len(self.row_shape) > 4:
-            raise UsageError(f"a row of logits has shape (C,) or (C, ...), found {self.row_shape}")
+            raise UsageError(f"a row of logits has shape (C,) or (C, ...), found {self.row_shape!r:.80}")
 
     @property
     def num_classes(self) -> int:

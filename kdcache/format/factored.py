@@ -22,7 +22,9 @@ from kdcache.format.encoding import EncodedRows, Encoding
 from kdcache.format.known_heads import head_of, head_on
 
 TOP_EXPONENT = 15  # the largest feature of a row is below 2**15, and float16 ends at 65,504
+BELOW_TOP = 1 - 2.0**-11  # what rounds up to 2**15 in a row of the largest exponent would decode to infinity
 LEAST_EXPONENT = -126  # of row_scale: the least normal float32, since devices may flush smaller ones to zero
+LARGEST_EXPONENT = 128 - TOP_EXPONENT  # of a row of the largest float32
 MAX_FEATURES = 1 << 24
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _ROUNDING = 2.0**-11  # of float16: half the distance of two neighbours, relative
@@ -86,7 +88,7 @@ class Factored(Encoding):
             inputs: (N, D) float16, float32 or float64.
 
         Returns:
-            `features` (N, D) float16 and `row_scale` (N,) float32; nothing is ever clamped.
+            `features` (N, D) float16 and `row_scale` (N,) float32; nothing is clamped but what rounds up to 2**128.
 
         Raises:
             LogitsError: a wrong shape or type, NaN or infinite values (float64 above the float32 range counts so).
@@ -102,15 +104,23 @@ class Factored(Encoding):
         _, exponents = np.frexp(largest)
         scale = np.ldexp(np.float32(1), np.maximum(exponents - TOP_EXPONENT, LEAST_EXPONENT)).astype("<f4")
         scale[largest == 0] = 1
-        return EncodedRows(
-            {"features": (exact / scale[:, None]).astype("<f2"), "row_scale": scale}, np.zeros(len(exact), np.int64)
-        )
+        stored = (exact / scale[:, None]).astype("<f2")
+        stored[(np.abs(stored) == 2.0**TOP_EXPONENT) & (exponents == 128)[:, None]] *= BELOW_TOP
+        return EncodedRows({"features": stored, "row_scale": scale}, np.zeros(len(exact), np.int64))
 
     def inputs(self, arrays: dict[str, Any]) -> Any:
         """(N, D) float32 inputs of the last layer, as stored; NumPy arrays and tensors alike."""
         stored, scale = arrays["features"], arrays["row_scale"]
         exact = stored.astype(np.float32) if isinstance(stored, np.ndarray) else stored.float()
         return exact * scale[:, None]
+
+    def flaw(self, arrays: dict[str, np.ndarray]) -> str | None:
+        """Features that are infinite, or a `row_scale` that is no power of two of a writer's."""
+        if not np.isfinite(arrays["features"]).all():
+            return "features are infinite"
+        mantissa, exponent = np.frexp(arrays["row_scale"])
+        in_range = (exponent > LEAST_EXPONENT) & (exponent <= LARGEST_EXPONENT + 1)
+        return None if (in_range & (mantissa == 0.5)).all() else "row_scale is no power of two that a row can have"
 
     def decode(self, arrays: dict[str, Any]) -> Any:
         """Raw logit = (features * row_scale) @ weight.T + bias, in float32 also under autocast.
@@ -122,8 +132,9 @@ class Factored(Encoding):
         scale = arrays["row_scale"]
         if isinstance(scale, np.ndarray):
             head = head_of(self.head)
-            logits = self.inputs(arrays) @ head.weight.T
-            logits += head.bias * (scale > 0)[:, None]
+            with np.errstate(over="ignore", invalid="ignore"):  # of rows that `verify` refuses
+                logits = self.inputs(arrays) @ head.weight.T
+                logits += head.bias * (scale > 0)[:, None]
             return logits
         import torch
 

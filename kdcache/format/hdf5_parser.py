@@ -88,6 +88,20 @@ def examine(read: Callable[[int, int], bytes], size: int) -> ParsedFile:
     return _Parser(read, size).parse()
 
 
+def refuse_slack(read: Callable[[int, int], bytes], size: int, parsed: ParsedFile, *, name: str) -> None:
+    """Refuses a file with anything but zeros between headers and payload: nothing travels along that no reader shows.
+
+    Raises:
+        CorruptCacheError: naming the first byte of the gap.
+    """
+    known = sorted([*parsed.headers, *((a.offset, a.stop) for a in parsed.arrays.values()), (size, size)])
+    cursor = 0
+    for start, stop in known:  # no gap is long, or the file would not have been parsed
+        if start > cursor and any(read(cursor, start - cursor)):
+            raise CorruptCacheError(f"{name}: bytes between its arrays, from byte {cursor} on, are not zero")
+        cursor = stop
+
+
 class _Parser:
     """One pass over one file; `spans` collects (start, stop) of everything that was found in it."""
 

@@ -16,7 +16,7 @@ import numpy as np
 from kdcache.errors import UsageError
 from kdcache.format.arrays import ArraySpec
 from kdcache.format.encoding import Encoding, clamp_to_float16
-from kdcache.format.ranking import class_dtype, largest_classes
+from kdcache.format.ranking import class_dtype, flaw_of_largest, largest_classes
 
 LEVELS = {"int8": 254, "int4": 14}
 _TOP = 8
@@ -99,10 +99,11 @@ class Quantized(Encoding):
         masked = codes == self.levels + 1
         # A class beyond C stands in no file of ours; `verify` names it, and here it must not end the process.
         if isinstance(codes, np.ndarray):
-            top = arrays["top_logits"].astype(np.float32) + row_max
-            logits: Any = codes.astype(np.float32)
-            logits *= arrays["row_scale"][:, None]
-            np.subtract(top[:, -1:], logits, out=logits)
+            with np.errstate(over="ignore", invalid="ignore"):  # as little do NaN and infinity
+                top = arrays["top_logits"].astype(np.float32) + row_max
+                logits: Any = codes.astype(np.float32)
+                logits *= arrays["row_scale"][:, None]
+                np.subtract(top[:, -1:], logits, out=logits)
             logits[masked] = -math.inf
             index = np.minimum(arrays["top_classes"].astype(np.int64), self.num_classes - 1)
             np.put_along_axis(logits, index, top, axis=1)
@@ -112,16 +113,20 @@ class Quantized(Encoding):
         return logits.scatter_(1, arrays["top_classes"].long().clamp_(max=self.num_classes - 1), top)
 
     def flaw(self, arrays: dict[str, np.ndarray]) -> str | None:
-        """A top class beyond C, or steps of a negative or infinite length."""
+        """A top class beyond C or twice, logits out of order, steps of a negative length, bits behind the last code."""
         scale = arrays["row_scale"]
         if not ((scale >= 0) & (scale < math.inf)).all():
             return "row_scale is negative or infinite"
-        return "top_classes has a class beyond the last" if (arrays["top_classes"] >= self.num_classes).any() else None
+        if self.stored == "int4" and self.num_classes % 2 and (arrays["logits"][:, -1] > 15).any():
+            return "logits has a code behind the last class"
+        return flaw_of_largest(arrays, "top_logits", "top_classes", self.num_classes)
 
     def top_class(self, arrays: dict[str, Any]) -> Any:
         """(N, ...) int64: the first of `top_classes`."""
         first = arrays["top_classes"][:, 0]
-        return first.astype(np.int64) if isinstance(first, np.ndarray) else first.long()
+        if isinstance(first, np.ndarray):  # a class beyond C, which `verify` names, must not end the process
+            return np.minimum(first.astype(np.int64), self.num_classes - 1)
+        return first.long().clamp_(max=self.num_classes - 1)
 
 
 def _pack(codes: np.ndarray) -> np.ndarray:

@@ -7,6 +7,8 @@ the floats do not promise.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 _LOWER_HALF = 0xFFFFFFFF
@@ -33,6 +35,25 @@ def largest_classes(logits: np.ndarray, k: int) -> np.ndarray:
         keys = np.partition(keys, classes - k, axis=1)[:, classes - k :]
     found: np.ndarray = classes - 1 - (np.flip(np.sort(keys, axis=1), axis=1) & _LOWER_HALF)
     return found
+
+
+def flaw_of_largest(arrays: Mapping[str, np.ndarray], logits: str, classes: str, num_classes: int) -> str | None:
+    """What no writer stores in the largest logits of rows; None where they are sound.
+
+    Args:
+        arrays: of N rows.
+        logits: name of the largest logits (N, K, ...), relative to `row_max`.
+        classes: name of their classes (N, K, ...).
+        num_classes: C.
+    """
+    ranked, values = np.sort(arrays[classes], axis=1), arrays[logits]
+    if (ranked[:, -1] >= num_classes).any():
+        return f"{classes} has a class beyond the last"
+    if (ranked[:, 1:] == ranked[:, :-1]).any():
+        return f"{classes} has a class twice in a row"
+    if (values[:, 1:] > values[:, :-1]).any() or (values[:, 0] != 0).any():
+        return f"{logits} do not descend from 0"
+    return "row_max is infinite" if np.isinf(arrays["row_max"]).any() else None
 
 
 def class_dtype(classes: int) -> str:

@@ -19,13 +19,14 @@ import numpy as np
 from kdcache.errors import DataError, UsageError
 from kdcache.format.arrays import ArraySpec
 from kdcache.format.encoding import FLOAT32_MAX, Encoding, clamp_to_float16
-from kdcache.format.ranking import class_dtype, largest_classes
+from kdcache.format.ranking import class_dtype, flaw_of_largest, largest_classes
 
 DEFAULT_TEMPERATURES: tuple[float | str, ...] = (1.0, 2.0, 4.0)
 Z2 = "z2"
 LEAST_TEMPERATURE, LARGEST_TEMPERATURE = 0.01, 1e6
 MAX_TEMPERATURES = 32
 LEAST_STD = float(np.finfo(np.float32).tiny)
+_ROUNDING = 1e-4  # of a logsumexp in float32, log(2**31) at most
 _BLOCK_VALUES = 1 << 19
 
 
@@ -174,19 +175,22 @@ class TopK(Encoding):
         if isinstance(kept, np.ndarray):
             logits = np.empty(kept.shape, np.float32)
             logits[...] = row_max  # each class comes once, but for rows without a teacher, which are zeros
-            np.put_along_axis(logits, index, kept.astype(np.float32) + row_max, axis=1)
+            with np.errstate(invalid="ignore"):  # NaN and infinity stand in no file of ours; `verify` names them
+                np.put_along_axis(logits, index, kept.astype(np.float32) + row_max, axis=1)
             return logits
         return row_max.expand(kept.shape).clone().scatter_(1, index, kept.float() + row_max)
 
     def flaw(self, arrays: dict[str, np.ndarray]) -> str | None:
-        """A class beyond C or twice in a row, logits out of order, a negative standard deviation."""
-        classes, logits = np.sort(arrays["topk_classes"], axis=1), arrays["topk_logits"]
-        if (classes[:, -1] >= self.num_classes).any():
-            return "topk_classes has a class beyond the last"
-        if (classes[:, 1:] == classes[:, :-1]).any():
-            return "topk_classes has a class twice in a row"
-        if (logits[:, 1:] > logits[:, :-1]).any() or (logits[:, 0] != 0).any():
-            return "topk_logits do not descend from 0"
+        """A class beyond C or twice in a row, logits out of order, a label or a tail above what they can be."""
+        flaw = flaw_of_largest(arrays, "topk_logits", "topk_classes", self.num_classes)
+        if flaw is not None:
+            return flaw
+        if self.labels and (arrays["label_logits"] > 0).any():
+            return "label_logits has a logit above the largest"
+        if (arrays["tail_logsumexp"] > math.log(self.num_classes) + _ROUNDING).any():
+            return "tail_logsumexp is above that of all classes"
+        if (arrays["tail_mean"] > 0).any():
+            return "tail_mean is above the largest logit"
         return "logit_std is negative" if (arrays["logit_std"] < 0).any() else None
 
     def top_class(self, arrays: dict[str, Any]) -> Any:

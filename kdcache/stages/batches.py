@@ -12,6 +12,7 @@ from torch import Tensor
 from kdcache.errors import DataError
 from kdcache.stages.calling import move_to_device
 from kdcache.store.rows import TeacherRows
+from kdcache.train.calibrated import Calibration
 from kdcache.train.items import NOT_INPUTS, TEACHER_KEY, first_input, label_of
 from kdcache.train.losses import Labels
 from kdcache.train.mixed_labels import MixedLabels
@@ -31,6 +32,12 @@ class Batch:
     inputs: Any
     labels: Labels | None
     teacher: TeacherRows | None
+
+    def calibrated(self, calibration: Calibration | None) -> Batch:
+        """The batch with the teacher's logits calibrated: before losses, policies and metrics see them."""
+        if calibration is None or self.teacher is None:
+            return self
+        return replace(self, teacher=calibration.rows(self.teacher))
 
     def to(self, device: torch.device, *, num_classes: int) -> Batch:
         """The batch on a device; from pinned memory the copy does not wait.

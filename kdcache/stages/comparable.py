@@ -48,8 +48,9 @@ def _of_what_is_kept(exact: np.ndarray, encoding: TopK, stored: TeacherRows) -> 
     if encoding.labels:
         held.append(arrays["label_logits"].astype(np.float64))
         rows = np.arange(len(exact))
-        for label in (stored.label, stored.label_b)[: encoding.labels]:
-            assert label is not None  # the schema binds the labels kept to those stored
+        for labels in (stored.label, stored.label_b)[: encoding.labels]:
+            assert labels is not None  # the schema binds the labels kept to those stored
+            label = np.clip(labels, -1, encoding.num_classes - 1)  # a class beyond C stands in no file of ours
             known = label >= 0
             kept.append(np.where(known, exact[rows, label], -math.inf)[:, None])
             is_tail[rows[known], label[known]] = False

@@ -23,7 +23,14 @@ from kdcache.format.identity import as_root
 from kdcache.stages import checkpoint
 from kdcache.stages.amp import grad_scaler
 from kdcache.stages.devices import torch_threads
-from kdcache.stages.distill_inputs import Source, check_held_out, check_signal, open_source, open_student
+from kdcache.stages.distill_inputs import (
+    Source,
+    check_held_out,
+    check_signal,
+    open_source,
+    open_student,
+    with_calibration,
+)
 from kdcache.stages.distill_loop import RunJob, train
 from kdcache.stages.distill_options import DistillOptions, portable, resolve
 from kdcache.stages.loaded_data import LoadedData
@@ -33,13 +40,14 @@ from kdcache.stages.objective import build_objective
 from kdcache.stages.optim import Schedule, build_optimizer
 from kdcache.stages.order import Order
 from kdcache.stages.parallel import Team, team
+from kdcache.stages.policy_options import check_policies, policy_record, row_policies
 from kdcache.stages.progress import Progress
 from kdcache.stages.resuming import check_same_run, restore_run
 from kdcache.stages.run_record import check_folder, describe_source, now, prepare_folder, read_record, write_record
 from kdcache.stages.signals import StopRequest, graceful_signals
 from kdcache.stages.specs import one_line
 from kdcache.stages.student_views import view_settings
-from kdcache.stages.tail_note import tail_facts, tail_line
+from kdcache.stages.tail_note import tail_lines
 from kdcache.stages.training import State, Trainer
 from kdcache.store.cache import Cache
 from kdcache.store.posix import exists, translated, unlink
@@ -134,12 +142,15 @@ def distill(
         elif val_cache is not None or options.val_cache is not None:
             raise UsageError("--val-cache without --val: give the data that it was dumped from, or leave it out")
         check_signal(source, held_out, options)
+        check_policies(row_policies(options), source)
+        source = with_calibration(source, held_out, options)
+        tail = tail_lines(source, options) if needs_teacher(options) else []
         net, width = open_student(student, source, options, ranks.device)
         check_held_out(held_out, width)
         ranks.copy_from_first([*net.parameters(), *net.buffers()])
         checkpoint.seed_generators((options.seed + RANK_SEED_STEP * ranks.rank) % 2**63)
         trainer = _build_trainer(net, width, source, options, ranks)
-        return _run(RunJob(options, trainer, source, held_out), stop)
+        return _run(RunJob(options, trainer, source, held_out, tuple(tail)), stop)
 
 
 def _build_trainer(net: nn.Module, width: int, train: Source, options: DistillOptions, ranks: Team) -> Trainer:
@@ -175,6 +186,8 @@ def _build_trainer(net: nn.Module, width: int, train: Source, options: DistillOp
         amp=options.amp,
         clip_norm=options.clip_norm,
         has_teacher=train.cache is not None,
+        policies=row_policies(options),
+        calibration=None if train.calibration is None else train.calibration.calibration,
     )
 
 
@@ -209,9 +222,9 @@ def _run(job: RunJob, stop: StopRequest) -> RunResult:
             log.sync()
     except InterruptedRunError:
         if folder is not None:
-            write_record(folder, {**record, "status": "interrupted", **_results(state)})
+            write_record(folder, {**record, "status": "interrupted", **_results(job, state)})
         raise
-    record = {**record, "status": "done", "finished": now(), **_results(state)}
+    record = {**record, "status": "done", "finished": now(), **_results(job, state)}
     if folder is not None:
         checkpoint.save(folder / checkpoint.LAST_NAME, checkpoint.state_dict(job.trainer.student))
         write_record(folder, record)
@@ -242,6 +255,7 @@ def _new_record(job: RunJob) -> dict[str, Any]:
         "started": now(),
         "options": portable(job.options),
         "formula": trainer.objective.formula,
+        "calibration": None if job.source.calibration is None else job.source.calibration.describe(),
         "student": {
             "spec": portable(job.options)["student"] or type(trainer.student).__name__,
             "classes": trainer.num_classes,
@@ -259,8 +273,9 @@ def _new_record(job: RunJob) -> dict[str, Any]:
     }
 
 
-def _results(state: State) -> dict[str, Any]:
-    return {"steps": state.step, "train_seconds": round(state.seconds, 3), "last": state.last, "best": state.best}
+def _results(job: RunJob, state: State) -> dict[str, Any]:
+    results = {"steps": state.step, "train_seconds": round(state.seconds, 3), "last": state.last, "best": state.best}
+    return {**results, **policy_record(job.trainer.policies, state.policy_rows)}
 
 
 def _announce(job: RunJob, state: State) -> None:
@@ -268,9 +283,12 @@ def _announce(job: RunJob, state: State) -> None:
         return
     order, lines = job.trainer.order, [f"loss = {job.trainer.objective.formula}"]
     lines += job.trainer.objective.notes(world_size=job.trainer.team.world_size)
-    cache = job.source.cache
-    if cache is not None and needs_teacher(job.options):
-        lines += tail_line(cache, tail_facts(cache, job.options.temperature))
+    lines += [] if job.trainer.policies is None else job.trainer.policies.notes
+    calibration = job.source.calibration
+    if calibration is not None:
+        divisor = calibration.calibration.temperature
+        lines.append(f"the teacher's logits are calibrated first ({calibration.method}): divided by {divisor:.4g}")
+    lines += job.tail
     if not needs_teacher(job.options) and job.source.cache is not None and not job.options.hard_targets:
         lines.append("rows without a label learn from the teacher all the same; leave out --cache for labels only")
     lines.append(

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from kdcache.errors import DataError, MismatchError, UsageError
 from kdcache.format.identity import ids_sha256
 from kdcache.stages.batches import Batch, take_apart
+from kdcache.stages.calibration_file import StoredCalibration, load_calibration
 from kdcache.stages.calling import call_model
 from kdcache.stages.data import LoadedData, load_data
 from kdcache.stages.distill_options import DistillOptions
@@ -30,6 +31,7 @@ from kdcache.stages.weights import load_weights
 from kdcache.store.cache import Cache
 from kdcache.store.cache import open as open_cache
 from kdcache.train.attach import attach
+from kdcache.train.calibrated import check_serves
 from kdcache.train.checks import Check
 from kdcache.train.ids import length, resolve
 from kdcache.train.reading import Missing
@@ -50,6 +52,7 @@ class Source:
         provenance: of the data, for the run record.
         items: the data set with ids and in views; None where neither a cache nor an augmentation needs them.
         views: what is known of the views, for the run record; None for inputs as they are.
+        calibration: of the cache's teacher; None for logits as they are.
     """
 
     name: str
@@ -61,6 +64,7 @@ class Source:
     provenance: dict[str, Any]
     items: IdentifiedDataset | None = None
     views: dict[str, Any] | None = None
+    calibration: StoredCalibration | None = None
 
     @property
     def loaded(self) -> Any:
@@ -143,6 +147,24 @@ def _with_views(source: Source, sample_ids: np.ndarray | None, settings: ViewSet
     assert sample_ids is not None
     items = in_views(source.dataset, sample_ids, source.cache, settings)
     return replace(source, sample_ids=sample_ids, items=items, views=describe_views(items, settings))
+
+
+def with_calibration(source: Source, held_out: Source | None, options: DistillOptions) -> Source:
+    """The source with the calibration that the options name; rows of the validation cache get it too.
+
+    Raises:
+        UsageError: there is no cache, or rows that cannot serve it.
+        MismatchError: it is of another cache.
+        CorruptCacheError: not what `kdcache calibrate` wrote.
+    """
+    if options.calibration is None:
+        return source
+    if source.cache is None:
+        raise UsageError("--calibration divides the teacher's logits; give --cache, or leave it out")
+    found = load_calibration(options.calibration, source.cache)
+    if held_out is not None and held_out.cache is not None:
+        check_serves(found.calibration, held_out.cache.encoding)
+    return replace(source, calibration=found)
 
 
 def build_loader(source: Source, batch_sampler: Any, options: DistillOptions, generator: torch.Generator) -> Any:

@@ -31,12 +31,13 @@ from kdcache.stages.training import State, Trainer, fetch_window, take_step
 
 @dataclass(frozen=True, eq=False)
 class RunJob:
-    """A run's fixed parts: what was asked for and what it works on."""
+    """A run's fixed parts: what was asked for and what it works on; `tail` is said about top-k rows at the start."""
 
     options: DistillOptions
     trainer: Trainer
     source: Source
     held_out: Source | None
+    tail: tuple[str, ...] = ()
 
     @property
     def total_steps(self) -> int:
@@ -105,10 +106,13 @@ def _training_line(job: RunJob, state: State, parts: Tensor) -> dict[str, Any]:
     `loss` is the mean over all of them; `ce` and `kd` (temperature**2 * KL) are those of the last step,
     and left out where a masked class makes them infinite.
     """
-    numerator, weight = fetch_window(state).sum(dim=0).tolist()
+    window = fetch_window(state)
+    numerator, weight = window[:, :2].sum(dim=0).tolist()
+    _count_policy_rows(job, state, window[:, 2:])
     state.signal_rows += weight
     if not state.signal_rows and state.step >= job.trainer.order.steps_per_epoch:
-        raise DataError("no row of a whole epoch had a label or a teacher: there is nothing to learn from")
+        left = "" if job.trainer.policies is None else " that --disagreement and --confidence-below let count"
+        raise DataError(f"no row of a whole epoch had a label or a teacher{left}: there is nothing to learn from")
     state.seconds += state.window_seconds
     ce, labelled, kd, taught = parts.tolist()
     line = {
@@ -123,6 +127,17 @@ def _training_line(job: RunJob, state: State, parts: Tensor) -> dict[str, Any]:
     state.last = {**state.last, "loss": line["loss"]}
     state.window, state.window_rows, state.window_seconds = [], 0, 0.0
     return line
+
+
+def _count_policy_rows(job: RunJob, state: State, counts: Tensor) -> None:
+    """Adds a window's counts (steps, 0 or 2) to those of the epochs that its steps belong to."""
+    if job.trainer.policies is None:
+        return
+    first = state.step - len(counts)
+    for place, found in enumerate(counts.tolist()):
+        epoch = job.trainer.order.epoch(first + place)
+        state.policy_rows += [[0, 0] for _ in range(epoch + 1 - len(state.policy_rows))]
+        state.policy_rows[epoch] = [int(a + b) for a, b in zip(state.policy_rows[epoch], found, strict=True)]
 
 
 def _position(job: RunJob, state: State) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from kdcache.format.schema import MAX_VIEWS
 from kdcache.stages.choices import AMP, DEFAULT_LR, DEFAULT_WEIGHT_DECAY, OPTIMIZERS, SCHEDULES, listed
 from kdcache.stages.loss_options import DEFAULT_ALPHA, DEFAULT_LOSS, check_losses, resolve_alpha
 from kdcache.stages.option import flag, option
+from kdcache.stages.policy_options import row_policies
+from kdcache.train.policy_names import CONFIDENCE_POLICIES, DISAGREEMENT_POLICIES
 
 MISSING = ("error", "ce", "skip")
 CHECKS = ("ids", "sample", "full")
@@ -66,8 +68,29 @@ class DistillOptions:
     tail_tolerance: float | None = option(
         None, "Mean error of the tail's mass of top-k rows at a temperature not stored (0.01).", group="loss"
     )
+    calibration: str | None = option(
+        None, "File of `kdcache calibrate` for --cache: the teacher's logits are divided before all else.", group="loss"
+    )
     hard_targets: bool = option(False, "Cross-entropy on the teacher's argmax for every row instead.", group="loss")
     label_smoothing: float = option(0.0, "Label smoothing of the cross-entropy, 0 to 1.", group="loss")
+    disagreement: str = option(
+        "keep",
+        "Rows whose label the teacher contradicts: keep, weight 0, weight p(label), or learn the teacher alone.",
+        group="loss",
+        choices=DISAGREEMENT_POLICIES,
+    )
+    threshold: float | None = option(
+        None, "With --disagreement: only where the teacher's p(label) is below (1: any).", group="loss"
+    )
+    confidence_below: float | None = option(
+        None, "Rows whose largest teacher probability is below are dropped, or see --confidence-policy.", group="loss"
+    )
+    confidence_policy: str | None = option(
+        None,
+        "Those rows: weight 0 (the default), weight of that probability, or learn the label alone.",
+        group="loss",
+        choices=CONFIDENCE_POLICIES,
+    )
     missing: str = option(
         "error", "Rows that the cache lacks: fail, learn the label, skip.", group="loss", choices=MISSING
     )
@@ -119,11 +142,11 @@ class DistillOptions:
     quiet: bool = option(False, "No progress on stderr.", group="run")
 
 
-PATHS = ("cache", "val_cache", "init", "out")
+PATHS = ("cache", "val_cache", "calibration", "init", "out")
 # What may differ when a run is resumed: where it computes, how often it reports, the request itself, and the
-# names of caches (their root hashes may not).
+# names of caches and of a calibration (their hashes may not).
 RESUMABLE = frozenset(
-    {"out", "cache", "expect_root", "val_cache"}
+    {"out", "cache", "expect_root", "val_cache", "calibration"}
     | {field.name for field in dataclasses.fields(DistillOptions) if field.metadata["group"] in ("machine", "run")}
 )
 
@@ -138,6 +161,7 @@ def resolve(options: DistillOptions) -> DistillOptions:
     _check_numbers(options)
     options = resolve_alpha(options)
     check_losses(options)
+    row_policies(options)
     if options.epochs is not None and options.steps is not None:
         raise UsageError("--epochs and --steps exclude each other; give one of them")
     if options.resume and options.overwrite:
@@ -158,7 +182,7 @@ def resolve(options: DistillOptions) -> DistillOptions:
 def _check_choices(options: DistillOptions) -> None:
     for field in dataclasses.fields(options):
         choices, value = field.metadata["choices"], getattr(options, field.name)
-        if choices and value not in choices:
+        if choices and value is not None and value not in choices:
             raise UsageError(f"{flag(field.name)} {value!r} is not known; choose one of {', '.join(choices)}")
 
 
@@ -178,6 +202,11 @@ def _check_numbers(options: DistillOptions) -> None:
             "above 0",
         ),
         "tail_tolerance": (options.tail_tolerance is None or options.tail_tolerance > 0, "above 0"),
+        "threshold": (options.threshold is None or 0 < options.threshold <= 1, "above 0, at most 1"),
+        "confidence_below": (
+            options.confidence_below is None or 0 < options.confidence_below <= 1,
+            "above 0, at most 1",
+        ),
         "label_smoothing": (0 <= options.label_smoothing < 1, "at least 0 and below 1"),
         "views": (options.views is None or 1 <= options.views <= MAX_VIEWS, f"1 to {MAX_VIEWS}"),
         "view_seed": (options.view_seed is None or 0 <= options.view_seed < 2**63, "at least 0 and below 2**63"),

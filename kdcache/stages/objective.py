@@ -84,7 +84,7 @@ class Objective:
             )
         return notes
 
-    def sums(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    def sums(self, logits: Tensor, batch: Batch, *, sample_weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Numerator (with a gradient) and denominator of the mean over some rows of a step.
 
         A row with a label only learns the label, a row with a teacher only the teacher, whatever alpha;
@@ -97,7 +97,8 @@ class Objective:
             alpha = 1.0  # what the rule above says of rows without a label
         elif teacher is None:
             alpha = 0.0
-        return sum_terms(logits, teacher, labels, replace(self.settings, alpha=alpha))
+        settings = replace(self.settings, alpha=alpha)
+        return sum_terms(logits, teacher, labels, settings, sample_weight=sample_weight)
 
     @torch.no_grad()
     def parts(self, logits: Tensor, batch: Batch) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,13 +99,15 @@ class PrecomputeOptions:
         return choice_of(self.dtype, self.top_k, self.temperatures)
 
 
-def choice_of(dtype: str, top_k: int | None, temperatures: str | None) -> EncodingChoice:
+def choice_of(dtype: str, top_k: int | None, temperatures: str | Sequence[float | str] | None) -> EncodingChoice:
     """The encoding that three options name.
 
     Raises:
         UsageError: they cannot be meant, or not together.
     """
-    return EncodingChoice(dtype, top_k, None if temperatures is None else temperatures_of(temperatures))
+    if temperatures is not None:
+        temperatures = temperatures_of(temperatures) if isinstance(temperatures, str) else tuple(temperatures)
+    return EncodingChoice(dtype, top_k, temperatures)
 
 
 def options_of(settings: dict[str, Any]) -> PrecomputeOptions:

@@ -30,6 +30,8 @@ def identity(options: DistillOptions, train: Source, held_out: Source | None, *,
         if source is not None:
             facts[f"{name} fingerprint"] = source.fingerprint
             facts[f"{name} cache root"] = None if source.cache is None else source.cache.root
+    if train.calibration is not None:
+        facts["calibration"] = train.calibration.describe()["seal"]
     if train.views is not None:
         facts["views of the data"] = train.views
     return {**facts, "total steps": total_steps}
@@ -55,7 +57,7 @@ def save_run(path: Path, trainer: Trainer, state: State, *, identity: dict[str, 
     generators = {name: team.gather(tensor) for name, tensor in checkpoint.rng_state(team.device).items()}
     if not team.is_first:
         return
-    window = torch.stack(state.window).cpu() if state.window else torch.zeros(0, 2)
+    window = torch.stack(state.window).cpu() if state.window else torch.zeros(0, 2)  # no rows: the width says nothing
     content = {
         "format": FORMAT,
         "identity": identity,
@@ -72,6 +74,7 @@ def save_run(path: Path, trainer: Trainer, state: State, *, identity: dict[str, 
         "window_seconds": state.window_seconds,
         "last": state.last,
         "best": state.best,
+        "policy_rows": state.policy_rows,
         "metrics_bytes": metrics_bytes,
     }
     checkpoint.save(path, content)
@@ -120,5 +123,6 @@ def _put_back(path: Path, content: dict[str, Any], trainer: Trainer) -> tuple[St
         window_seconds=content["window_seconds"],
         last=content["last"],
         best=content["best"],
+        policy_rows=content.get("policy_rows", []),  # older checkpoints have none
     )
     return state, content["metrics_bytes"]

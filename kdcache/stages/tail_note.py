@@ -2,43 +2,87 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
-import numpy as np
-
+from kdcache.errors import UsageError
 from kdcache.format.topk import TopK
+from kdcache.stages.distill_inputs import Source
+from kdcache.stages.distill_options import DistillOptions
+from kdcache.stages.loss_options import courses, loss_settings
 from kdcache.store.cache import Cache
+from kdcache.store.quality import sampled_rows
 from kdcache.train.sparse_metrics import captured_mass
+from kdcache.train.tail import DEFAULT_TAIL_TOLERANCE
 
-_SAMPLE_ROWS = 1024
+_STEPS = 33  # of a schedule that are looked at
 
 
-def tail_facts(cache: Cache | None, temperature: float, *, seed: int = 0) -> dict[str, Any] | None:
-    """`mass` and `error` of the tail at a temperature, means over up to 1,024 rows; None where all logits are kept.
+@dataclass(frozen=True)
+class TailFacts:
+    """Means over up to 1,024 rows.
 
-    Args:
-        cache: of the run.
-        temperature: that the run begins with.
-        seed: of the rows.
+    Attributes:
+        temperature: T.
+        mass: of the classes that were not kept.
+        error: half the width of what it can be; 0 at a stored temperature.
+    """
+
+    temperature: float
+    mass: float
+    error: float
+
+
+def tail_facts(cache: Cache, temperature: float) -> TailFacts:
+    """Of a cache of top-k rows.
 
     Raises:
         CorruptCacheError, IncompleteCacheError: of a row or its shard.
     """
-    if cache is None or not isinstance(cache.encoding, TopK) or cache.encoding.has_all_logits:
-        return None
-    chosen = np.random.default_rng(seed).choice(len(cache), min(_SAMPLE_ROWS, len(cache)), replace=False)
-    found = captured_mass(cache.gather(np.sort(chosen)).tensors(), temperature)
+    found = captured_mass(sampled_rows(cache).tensors(), temperature)
     error = 0.0 if found.error is None else float(found.error.mean())
-    return {"temperature": temperature, "mass": 1 - float(found.value.mean()), "error": error}
+    return TailFacts(temperature, 1 - float(found.value.mean()), error)
 
 
-def tail_line(cache: Cache | None, facts: dict[str, Any] | None) -> list[str]:
-    """The line that is printed, if any."""
-    if cache is None or facts is None:
+def tail_lines(source: Source, options: DistillOptions) -> list[str]:
+    """A line for each temperature that the losses of a run begin with, where its cache has top-k rows.
+
+    A calibrated teacher is asked at T times the calibration's temperature.
+
+    Raises:
+        UsageError: the schedule of the temperature passes one whose tail is too vague.
+        CorruptCacheError, IncompleteCacheError: of a row or its shard.
+    """
+    cache = source.cache
+    if cache is None or not isinstance(cache.encoding, TopK) or cache.encoding.has_all_logits or options.hard_targets:
         return []
-    stored = ", ".join(t if isinstance(t, str) else f"{t:g}" for t in cache.encoding.to_json()["temperatures"])
-    known = f"known to within ± {facts['error']:.2g}, since only {stored} are stored" if facts["error"] else "exact"
-    return [
-        f"top-k rows: {100 * facts['mass']:.3g} % of the teacher's probability at T = {facts['temperature']:g} lies in "
-        f"one bucket of the classes that were not kept ({known})"
-    ]
+    divisor = 1.0 if source.calibration is None else source.calibration.calibration.temperature
+    losses = [part.loss for part in loss_settings(options).losses if part.loss.name != "standardized_kd"]
+    if any(loss.follows_run for loss in losses):
+        _check_schedule(cache, options, divisor)
+    used = {options.temperature if loss.follows_run else getattr(loss, "temperature", None) for loss in losses}
+    temperatures = sorted(temperature for temperature in used if temperature is not None)
+    stored = ", ".join(t if isinstance(t, str) else f"{t:g}" for t in cache.encoding.temperatures)
+    lines = []
+    for facts in (tail_facts(cache, temperature * divisor) for temperature in temperatures):
+        known = f"known to within ± {facts.error:.2g}, since only {stored} are stored" if facts.error else "exact"
+        lines.append(
+            f"top-k rows: {100 * facts.mass:.3g} % of the teacher's probability at T = {facts.temperature:g} lies in "
+            f"one bucket of the classes that were not kept ({known})"
+        )
+    return lines
+
+
+def _check_schedule(cache: Cache, options: DistillOptions, divisor: float) -> None:
+    course = courses(options)[1]
+    if course.end is None:
+        return
+    tolerance = DEFAULT_TAIL_TOLERANCE if options.tail_tolerance is None else options.tail_tolerance
+    on_the_way = (course.at(step, _STEPS, start=options.temperature) for step in range(_STEPS))
+    worst = max((tail_facts(cache, temperature * divisor) for temperature in on_the_way), key=lambda facts: facts.error)
+    if worst.error > tolerance:
+        raise UsageError(
+            f"--temperature-schedule passes T = {worst.temperature:.3g}, where the mass of the classes that "
+            f"{cache.path.name} does not keep is open by +-{worst.error:.3g}; the tolerance is {tolerance:g}. End the "
+            "schedule elsewhere, allow more with --tail-tolerance, or make the cache again with --temperatures closer "
+            "to each other"
+        )

@@ -9,7 +9,7 @@ for bit. Nothing in a step waits for a GPU: losses stay on the device until a li
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,12 +17,18 @@ from torch import Tensor, nn
 
 from kdcache.errors import KDCacheError
 from kdcache.stages.amp import autocast
-from kdcache.stages.batches import take_apart
+from kdcache.stages.batches import Batch, take_apart
 from kdcache.stages.calling import call_model
 from kdcache.stages.objective import Objective
 from kdcache.stages.optim import Schedule, set_lr
 from kdcache.stages.order import Order
 from kdcache.stages.parallel import Team
+from kdcache.train.calibrated import Calibration
+from kdcache.train.policy_names import RowPolicies
+from kdcache.train.row_policies import apply_policies
+
+# The least that the weights of a step are divided by: a step of less, all of it contradicted, is a small one.
+LEAST_WEIGHT = 1e-6
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +48,8 @@ class Trainer:
         amp: none, bf16 or fp16.
         clip_norm: largest L2 norm of a step's gradient, None = any.
         has_teacher: whether batches end in teacher rows.
+        policies: what becomes of rows that the teacher contradicts or is not sure of, None = nothing.
+        calibration: of the teacher's logits, None = as they are.
     """
 
     student: nn.Module
@@ -56,14 +64,17 @@ class Trainer:
     amp: str
     clip_norm: float | None
     has_teacher: bool
+    policies: RowPolicies | None = None
+    calibration: Calibration | None = None
 
 
 @dataclass
 class State:
     """What changes from step to step outside of the student and its optimiser.
 
-    `window` holds the loss's numerator and denominator (2,) of each step since the last line of metrics,
-    on the device; `window_rows` and `window_seconds` go with it.
+    `window` holds the loss's numerator and denominator of each step since the last line of metrics, on the device,
+    with policies also their two counts: (2,) or (4,); `window_rows` and `window_seconds` go with it. `policy_rows` are
+    these counts by epoch: rows that disagree, rows that the teacher is not sure of.
     """
 
     step: int = 0
@@ -74,6 +85,7 @@ class State:
     window_seconds: float = 0.0
     last: dict[str, float] = field(default_factory=dict)
     best: dict[str, float] = field(default_factory=dict)
+    policy_rows: list[list[int]] = field(default_factory=list)
 
 
 def take_step(trainer: Trainer, batches: Iterator[Any], step: int, *, with_parts: bool) -> tuple[Tensor, Tensor | None]:
@@ -86,30 +98,32 @@ def take_step(trainer: Trainer, batches: Iterator[Any], step: int, *, with_parts
         with_parts: also compute the loss's terms apart, for a line of metrics.
 
     Returns:
-        (2,) numerator and denominator of the loss over the global batch, and (4,) what `Objective.parts`
-        gives, or None.
+        (2,) numerator and denominator of the loss over the global batch, with policies (4,) also how many rows disagree
+        and of how many the teacher is not sure; and (4,) what `Objective.parts` gives for all rows alike, or None.
     """
     order, optimizer, device = trainer.order, trainer.optimizer, trainer.team.device
     set_lr(optimizer, trainer.schedule.at(step))
     optimizer.zero_grad(set_to_none=True)
     rows, objective = len(order.rows(step)), trainer.objective.at(step)
-    sums, parts = torch.zeros(2, device=device), torch.zeros(4, device=device)
+    sums, parts = torch.zeros(2 if trainer.policies is None else 4, device=device), torch.zeros(4, device=device)
     for _ in order.pieces(step):
         batch = take_apart(next(batches), has_teacher=trainer.has_teacher).to(device, num_classes=trainer.num_classes)
+        batch = batch.calibrated(trainer.calibration)
         with autocast(trainer.amp, device):
             logits = call_model(trainer.student, batch.inputs, what="student")
-        numerator, denominator = objective.sums(logits, batch)
+        learnt, weight, counts = _with_policies(trainer.policies, batch)
+        numerator, denominator = objective.sums(logits, learnt, sample_weight=weight)
         # Dividing by the rows of the step here keeps fp16 gradients in range, and is already the mean
         # where every row counts; what is missing to the true denominator follows below.
         trainer.scaler.scale(numerator / rows).backward()  # type: ignore[no-untyped-call]
-        sums += torch.stack((numerator.detach(), denominator)).to(sums.dtype)
+        sums += torch.stack([part.to(sums.dtype) for part in (numerator.detach(), denominator, *counts)])
         if with_parts:
             parts += objective.parts(logits.detach(), batch)
     trainer.team.sum(sums)
     trainer.team.sum_gradients(trainer.parameters)
     trainer.scaler.unscale_(optimizer)
-    # Every row counted: exactly 1. None did: any finite factor, the gradients are 0.
-    factor = rows / sums[1].clamp(min=1.0)
+    # Every row counted: exactly 1. None did: any finite factor, the gradients are 0. Weights may sum to less than 1.
+    factor = rows / sums[1].clamp(min=LEAST_WEIGHT)
     grads = [parameter.grad for parameter in trainer.parameters if parameter.grad is not None]
     if grads:
         torch._foreach_mul_(grads, factor)
@@ -118,6 +132,16 @@ def take_step(trainer: Trainer, batches: Iterator[Any], step: int, *, with_parts
         trainer.scaler.step(optimizer)
         trainer.scaler.update()
     return sums, trainer.team.sum(parts) if with_parts else None
+
+
+def _with_policies(policies: RowPolicies | None, batch: Batch) -> tuple[Batch, Tensor | None, tuple[Tensor, ...]]:
+    """What of a batch is learnt, the weights of its rows, and the two counts."""
+    if policies is None:
+        return batch, None, ()
+    assert batch.teacher is not None  # `check_policies` wants a cache
+    found = apply_policies(policies, batch.teacher, batch.labels)
+    learnt = replace(batch, teacher=found.teacher, labels=found.labels)
+    return learnt, found.sample_weight, (found.disagree, found.unconfident)
 
 
 def fetch_window(state: State) -> Tensor:

@@ -7,6 +7,7 @@ was made from, since a float32 cache of int4 rows has the errors of int4.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -63,6 +64,8 @@ def convert(
     choice = EncodingChoice(dtype, top_k, None if temperatures is None else tuple(temperatures))
     if shard_rows is not None and shard_rows < 1:
         raise UsageError(f"--shard-rows (shard_rows=) must be at least 1, found {shard_rows}")
+    if os.path.realpath(target) == os.path.realpath(source):  # what an encoding leaves out would be gone for good
+        raise UsageError(f"{target} is the cache that is read; choose another name")
     check_target(source, target, overwrite=overwrite)
     catalog = read_catalog(Path(source))
     result = _result(catalog, choice, source, shard_rows)

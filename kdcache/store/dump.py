@@ -281,7 +281,9 @@ class DumpFolder:
             if there is None or not (extends(self.plan, there) or there.provenance == self.plan.provenance):
                 self._drop_records()  # of other data, whose samples stand at other positions
         for record in filter(self._is_whole, manifest.shards):
-            self._write_record(record)
+            # Where others have begun, a shard may have been made anew and not be recorded yet, with other bytes.
+            if there is None or self._has_record(record) or self._is_same(record):
+                self._write_record(record)
         if there is None or there.to_json() != self.plan.to_json():
             posix.write_file(self.folder / PLAN, self.plan.dump(), replace=True)
         self._replaces = self._manifest_identity(), predecessor
@@ -327,9 +329,12 @@ class DumpFolder:
             # Nothing was stored by that plan, and nobody is at work on it: a first try that failed.
             posix.write_file(path, self.plan.dump(), replace=True)
 
+    def _has_record(self, record: ShardRecord) -> bool:
+        return posix.exists(self.folder / SHARDS / f"{record.file[:-3]}.json")
+
     def _write_record(self, record: ShardRecord) -> None:
-        path = self.folder / SHARDS / f"{record.file[:-3]}.json"
-        if not posix.exists(path):
+        if not self._has_record(record):
+            path = self.folder / SHARDS / f"{record.file[:-3]}.json"
             posix.write_file(path, dump_sealed(record.to_json()), replace=True)
 
     def _is_whole(self, record: ShardRecord) -> bool:
@@ -346,17 +351,19 @@ class DumpFolder:
         with posix.translated("clean", self.folder):
             posix.unlink(self.folder / PLAN)
 
-    def _settle_existing(self, path: Path, record: ShardRecord) -> None:
-        """Somebody published this shard although we hold its lock. Equal bytes are fine."""
+    def _is_same(self, record: ShardRecord) -> bool:
+        """Whether a shard that is there has the bytes of its record."""
+        path = self.folder / SHARDS / record.file
         fd, size = posix.open_regular(path)
         try:
-            same = (
-                size == record.size
-                and file_sha256(lambda o, n: posix.read_exactly(fd, o, n, path), size) == record.sha256
-            )
+            same = size == record.size
+            return same and file_sha256(lambda o, n: posix.read_exactly(fd, o, n, path), size) == record.sha256
         finally:
             posix.close_reader(fd)
-        if not same:
+
+    def _settle_existing(self, path: Path, record: ShardRecord) -> None:
+        """Somebody published this shard although we hold its lock. Equal bytes are fine."""
+        if not self._is_same(record):
             raise CorruptCacheError(
                 f"{path} was published by another process while this one held its lock, with other bytes; "
                 "locks do not work on this file system. Run the dump from one machine, or with --shard I/N"

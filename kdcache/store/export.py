@@ -50,7 +50,7 @@ def export(
         The path of the file.
 
     Raises:
-        UsageError: an unknown format, or `out` exists.
+        UsageError: an unknown format, or `out` exists or is the cache.
         CorruptCacheError: a damaged row.
         StorageError: the disk refused; no part of `out` is left.
     """
@@ -60,6 +60,8 @@ def export(
         raise UsageError(f"export format {kind!r} is not known; choose npz or h5, or name the file accordingly")
     if compress not in (None, "gzip"):
         raise UsageError(f"compression {compress!r} is not known; choose gzip or leave it out")
+    if os.path.realpath(target) == os.path.realpath(path):
+        raise UsageError(f"{target} is the cache that is read; choose another name")
     remove_temporaries(target.parent, target.name, of_the_dead=True)
     if posix.exists(target) and not overwrite:
         raise UsageError(f"{target} exists; choose another name or pass --overwrite")

@@ -18,7 +18,7 @@ import numpy as np
 from kdcache.errors import CorruptCacheError
 from kdcache.format.arrays import ArrayLayout
 from kdcache.format.factored import Factored
-from kdcache.format.hdf5_parser import parse
+from kdcache.format.hdf5_parser import parse, refuse_slack
 from kdcache.format.head import HEAD_FILE, HeadRecord, head_header
 from kdcache.format.known_heads import Head, announce_head, keep_head
 from kdcache.store import posix
@@ -91,6 +91,7 @@ class StoredHead:
             raise CorruptCacheError(f"{self.path}: its header is not that of a head of this cache; {AGAIN}")
         if parsed.arrays != self.record.arrays:
             raise CorruptCacheError(f"{self.path}: its arrays are not where the manifest says; {AGAIN}")
+        refuse_slack(partial(_read, fd, self.path), self.record.size, parsed, name=str(self.path))
         weight = parsed.arrays["weight"]
         if weight.nbytes >= _HOLE_BYTES and posix.has_hole(fd, weight.offset, weight.stop):
             raise CorruptCacheError(f"{self.path}: weights were never written (a hole in a sparse file); {AGAIN}")

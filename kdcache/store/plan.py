@@ -16,7 +16,7 @@ from kdcache.format.headers import FileHeader
 from kdcache.format.manifest import MAX_SHARDS, ClassList, Manifest, check_version, parse_classes, parse_provenance
 from kdcache.format.schema import FORMAT_VERSION, MAX_VIEWS, RowSchema, schema_from_json
 from kdcache.format.sealed import dump_sealed, load_sealed
-from kdcache.format.tiling import Tiling, extents_from_json
+from kdcache.format.tiling import MAX_EXTENTS, Tiling, extents_from_json
 
 KIND = "plan"
 DEFAULT_SHARD_BYTES = 256 << 20
@@ -93,6 +93,11 @@ class Plan:
             raise UsageError(
                 f"a shard of {rows} rows of {self.schema.row_bytes} bytes is too large: at most {MAX_SHARD_ROWS} rows "
                 f"and {MAX_SHARD_BYTES} bytes; choose a smaller shard_rows"
+            )
+        if len(self.extents) > MAX_EXTENTS:
+            raise UsageError(
+                f"this dump would have grown {len(self.extents) - 1} times, and {MAX_EXTENTS - 1} is the most: make "
+                "one file of it and a folder of that (`kdcache merge`), and let the folder grow"
             )
         if self.samples is not None:
             check_shard_count(self.shard_count)

@@ -41,8 +41,8 @@ class Captured:
         return {"temperature": self.temperature, "mass": self.mass, "kl_share": list(self.kl_share)}
 
 
-def captured(cache: Cache, *, seed: int = 0) -> list[Captured]:
-    """Of 1,024 rows chosen at random, at each stored temperature; empty where all logits are kept.
+def captured(cache: Cache) -> list[Captured]:
+    """Of up to 1,024 rows, at each stored temperature; empty where all logits are kept.
 
     Raises:
         CorruptCacheError, IncompleteCacheError: of a row or its shard.
@@ -50,14 +50,28 @@ def captured(cache: Cache, *, seed: int = 0) -> list[Captured]:
     encoding = cache.encoding
     if not isinstance(encoding, TopK) or encoding.has_all_logits:
         return []
-    rows = np.random.default_rng(seed).choice(len(cache), min(SAMPLE_ROWS, len(cache)), replace=False)
-    return of_rows(cache.gather(np.sort(rows)))
+    return of_rows(sampled_rows(cache))
+
+
+def sampled_rows(cache: Cache) -> TeacherRows:
+    """Up to 1,024 rows of a cache at even distances.
+
+    Raises:
+        CorruptCacheError, IncompleteCacheError: of a row or its shard.
+    """
+    places = np.linspace(0, len(cache) - 1, min(SAMPLE_ROWS, len(cache))).astype(np.int64)
+    return cache.gather(places)
 
 
 def of_rows(rows: TeacherRows) -> list[Captured]:
     """Of NumPy rows of the encoding `topk`, at each stored temperature but `z2`."""
     encoding = rows.encoding
     assert isinstance(encoding, TopK)
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        return _of_kept(rows, encoding)
+
+
+def _of_kept(rows: TeacherRows, encoding: TopK) -> list[Captured]:
     kept, count = _kept_logits(rows, encoding)
     tail_classes = encoding.num_classes - count
     betas = [0.0, *(1 / t for t in reversed(encoding.temperatures) if isinstance(t, float))]
@@ -69,7 +83,8 @@ def of_rows(rows: TeacherRows) -> list[Captured]:
     found = []
     for place in range(len(betas) - 1, 0, -1):
         mass, share = _at(kept, f[place], betas[place], slopes[place], tail_classes, encoding.num_classes)
-        found.append(Captured(1 / betas[place], mass, share))
+        if math.isfinite(mass + sum(share)):  # nothing is said of rows that no writer stores; `verify` names them
+            found.append(Captured(1 / betas[place], mass, share))
     return found
 
 
@@ -81,6 +96,7 @@ def of_logits(encoding: TopK, logits: np.ndarray, labels: np.ndarray | None) -> 
         logits: floats.
         labels: (N, L) int64 with -1 for none, whose logits are kept as well; None for none.
     """
+    logits = logits.astype(np.float32, copy=False)
     is_kept = np.zeros(logits.shape, bool)
     np.put_along_axis(is_kept, largest_classes(logits, encoding.k), True, axis=1)
     for label in () if labels is None else labels.T:

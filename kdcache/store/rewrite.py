@@ -19,11 +19,11 @@ from kdcache.format.headers import NO_ONE_FILE, FileHeader
 from kdcache.format.schema import CRC_ARRAY
 from kdcache.store import posix
 from kdcache.store.dump import DumpFolder, open_dump
-from kdcache.store.folder import MANIFEST
+from kdcache.store.folder import MANIFEST, read_manifest
 from kdcache.store.head_writer import copied_head, place_head
 from kdcache.store.incoming import consecutive
 from kdcache.store.parts import Catalog
-from kdcache.store.plan import Plan, default_shard_rows
+from kdcache.store.plan import Plan, default_shard_rows, plan_of_manifest
 from kdcache.store.removal import remove_dump, remove_empty
 from kdcache.store.scan import scan
 from kdcache.store.shards import ContainerWriter, remove_temporaries
@@ -127,10 +127,10 @@ def _write_file(job: Rewriting, target: Path, *, overwrite: bool, progress: Call
 
 def _write_folder(job: Rewriting, target: Path, *, overwrite: bool, progress: Callable[[int], None] | None) -> str:
     catalog = job.result
+    if catalog.head is not None:
+        catalog.head.keep()  # refused before anything is written, whose values nobody looks at who copies bytes
     if overwrite:
         remove_dump(target)
-    elif posix.exists(target / MANIFEST):
-        raise UsageError(f"{target} exists; choose another name or pass --overwrite")
     if catalog.classes.names is None:  # a header has room for the hash of a long list alone, a manifest needs the names
         catalog = replace(catalog, classes=replace(catalog.classes, sha256=None))
     rows = catalog.shard_rows or default_shard_rows(catalog.schema.row_bytes)
@@ -144,7 +144,14 @@ def _write_folder(job: Rewriting, target: Path, *, overwrite: bool, progress: Ca
         extents=catalog.extents,
         head=None if catalog.head is None else catalog.head.record,
     )
-    dump = open_dump(target, plan)
+    was_there = posix.exists(target / MANIFEST)
+    exists = f"{target} exists; choose another name or pass --overwrite"
+    if was_there and not _is_finished_dump_of(plan, target):
+        raise UsageError(exists)
+    dump = open_dump(target, plan)  # clears away what a call left that was killed when it had written the manifest
+    if was_there and dump.finished:
+        dump.leave()
+        raise UsageError(exists)
     try:
         dump.own()
         if catalog.head is not None:
@@ -152,12 +159,15 @@ def _write_folder(job: Rewriting, target: Path, *, overwrite: bool, progress: Ca
         for number in range(plan.shard_count):
             _write_shard(job, dump, number, progress)
         manifest = dump.finish(dump.all_records() or [], samples=catalog.samples)
-    except BaseException:
+    except BaseException as error:
         dump.disown()
         dump.leave()
+        if not isinstance(error, Exception):
+            raise  # Ctrl-C: the same call goes on with the shards that are there
         with contextlib.suppress(KDCacheError):  # in other hands
-            remove_dump(target)
-            remove_empty(target)
+            if not posix.exists(target / MANIFEST):  # what is finished stays, and is whole
+                remove_dump(target)
+                remove_empty(target)
         raise
     dump.disown()
     dump.leave()
@@ -166,23 +176,37 @@ def _write_folder(job: Rewriting, target: Path, *, overwrite: bool, progress: Ca
     return manifest.root
 
 
+def _is_finished_dump_of(plan: Plan, folder: Path) -> bool:
+    try:
+        return plan_of_manifest(read_manifest(folder), samples_known=True).to_json() == plan.to_json()
+    except KDCacheError:
+        return False
+
+
 def _write_shard(job: Rewriting, dump: DumpFolder, number: int, progress: Callable[[int], None] | None) -> None:
     """One shard of the new folder, unless a merge that was killed has left it."""
     view, start, stop = dump.plan.span(number)
     index = number % dump.plan.shards_per_view
     if not dump.claim(view, index):
         return
-    same = (r.clamped for r in job.source.shards if (r.view, r.start, r.stop) == (view, start, stop))
-    writer = dump.container(view, index, start, stop)
     try:
-        _copy(job, writer, (view,), (start, stop), progress, clamped=next(same, 0))
-        record = writer.record(view=view, start=start, ids=consecutive(writer.read_array("sample_id")))
-        dump.commit(writer, record, index)
-    except BaseException:
-        writer.abandon()
-        raise
+        writer = dump.container(view, index, start, stop)
+        try:
+            _copy(job, writer, (view,), (start, stop), progress, clamped=_clamped(job, view, start, stop))
+            record = writer.record(view=view, start=start, ids=consecutive(writer.read_array("sample_id")))
+            dump.commit(writer, record, index)
+        except BaseException:
+            writer.abandon()
+            raise
     finally:
         dump.release(view, index)
+
+
+def _clamped(job: Rewriting, view: int, start: int, stop: int) -> int:
+    """Values of these samples that were clamped before: of a shard as it was, else of all the view in its first."""
+    if job.result.shard_rows == job.source.shard_rows and job.result.extents == job.source.extents:
+        return sum(r.clamped for r in job.source.shards if (r.view, r.start, r.stop) == (view, start, stop))
+    return sum(r.clamped for r in job.source.shards if r.view == view) if start == 0 else 0
 
 
 def _copy(

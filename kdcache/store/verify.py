@@ -18,7 +18,7 @@ import numpy as np
 from kdcache.errors import CorruptCacheError, IncompleteCacheError, KDCacheError, MismatchError, StorageError
 from kdcache.format.checksums import file_sha256, header_digest, payload_sha256
 from kdcache.format.encoding import holds_nan, label_count
-from kdcache.format.hdf5_parser import ParsedFile, parse
+from kdcache.format.hdf5_parser import parse, refuse_slack
 from kdcache.format.headers import shard_header
 from kdcache.format.identity import show_id
 from kdcache.format.manifest import ShardRecord
@@ -27,7 +27,6 @@ from kdcache.store.inspect import unlisted
 from kdcache.store.parts import Catalog, Part, read_catalog, refuse_hole
 from kdcache.store.scan import checked_blocks
 
-_BLOCK_BYTES = 8 << 20
 AGAIN = "it is damaged: fetch it again, or remove it and run the dump's command again, which makes it anew"
 
 
@@ -200,25 +199,14 @@ def _check_shard_file(
         raise CorruptCacheError(f"{part.path}: bytes outside the payload differ from the manifest's digest")
     if file_sha256(read, size) != record.sha256:
         raise CorruptCacheError(f"{part.path}: its sha256 is not the manifest's; {AGAIN}")
-    _check_slack(read, size, parsed, name=str(part.path))
+    refuse_slack(read, size, parsed, name=str(part.path))
 
 
 def _check_payload(read: Callable[[int, int], bytes], size: int, catalog: Catalog, part: Part) -> None:
     parsed = parse(read, size, name=str(part.path))
-    _check_slack(read, size, parsed, name=str(part.path))
+    refuse_slack(read, size, parsed, name=str(part.path))
     if catalog.header is not None and payload_sha256(read, parsed.arrays) != catalog.header.payload_sha256:
         raise CorruptCacheError(f"{part.path}: the sha256 of its payload is not the one in its header")
-
-
-def _check_slack(read: Callable[[int, int], bytes], size: int, parsed: ParsedFile, *, name: str) -> None:
-    """Every byte that is neither header nor payload is zero: nothing travels along that no reader shows."""
-    known = [*parsed.headers, *((a.offset, a.stop) for a in parsed.arrays.values())]
-    cursor = 0
-    for start, stop in [*sorted(known), (size, size)]:
-        for offset in range(cursor, start, _BLOCK_BYTES):
-            if any(read(offset, min(_BLOCK_BYTES, start - offset))):
-                raise CorruptCacheError(f"{name}: bytes between its arrays, from byte {cursor} on, are not zero")
-        cursor = stop
 
 
 def _check_rows(read: Callable[[int, int], bytes], part: Part, catalog: Catalog) -> int:
@@ -233,8 +221,6 @@ def _check_rows(read: Callable[[int, int], bytes], part: Part, catalog: Catalog)
         flaw = catalog.schema.encoding.flaw(block)
         if flaw is not None:
             raise CorruptCacheError(f"{part.path}: {flaw}, as no writer stores it")
-        if catalog.head is not None and not (np.isfinite(block["features"]).all() and (block["row_scale"] > 0).all()):
-            raise CorruptCacheError(f"{part.path}: features are infinite or have no row_scale, which no writer stores")
         if "label" in block:
             labels = block["label"]
             if int(labels.min()) < -1 or int(labels.max()) >= label_count(catalog.classes.count):

@@ -154,8 +154,9 @@ def check_labels(labels: Any, stored: TeacherRows, cache_name: str) -> None:
         raise MismatchError(
             f"sample {show_id(stored.sample_id[first])} has the label {int(found[first])} in the data set and "
             f"{int(expected[first])} in {cache_name}; {np.count_nonzero(differs)} of the {len(found)} labels of this "
-            "batch differ. The ids point to other samples than in the dump, or the classes are numbered in another "
-            "order: check sample_ids and the class list"
+            "batch differ. Labels were corrected since the dump, the ids point to other samples than in it, or the "
+            "classes are numbered in another order: check sample_ids and the class list, or dump again with these "
+            "labels"
         )
 
 

@@ -14,7 +14,7 @@ from kdcache.errors import UsageError
 from kdcache.train.cross_entropy import check_kept, check_labels
 from kdcache.train.dense_logits import dense_logits
 from kdcache.train.distributions import is_topk, log_softmax, pair
-from kdcache.train.divergences import kl
+from kdcache.train.divergence_losses import kl_of
 from kdcache.train.log_pair import Pair
 from kdcache.train.loss_numbers import check_part_weight, check_temperature
 from kdcache.train.mixed_labels import MixedLabels
@@ -113,7 +113,8 @@ def dkd_rows(
         )
         against_others = target_pair(outcomes, teacher.tensors(), labels)
         factor = (temperature if student_temperature is None else student_temperature) ** 2
-        return RowTerms(factor * alpha * kl(against_others), against_others.has_teacher)
+        target_part = kl_of(against_others, temperature=temperature, student_temperature=factor**0.5)
+        return RowTerms(factor * alpha * target_part, against_others.has_teacher)
     both = dense_logits(student_logits, teacher, loss="dkd", class_mask=class_mask)
     targets = check_labels(both.student, labels)
     assert isinstance(targets, Tensor)
@@ -125,8 +126,10 @@ def dkd_rows(
         _split(log_softmax(logits, t), at_target)
         for logits, t in ((both.teacher, temperature), (both.student, divisor))
     )
-    target_part = kl(Pair(teachers[0], students[0], None))
-    other_part = kl(Pair(teachers[1], students[1], None))
+    target_part, other_part = (
+        kl_of(Pair(of_teacher, of_student, None), temperature=temperature, student_temperature=divisor)
+        for of_teacher, of_student in zip(teachers, students, strict=True)
+    )
     counts = targets >= 0
     if both.has_teacher is not None:
         counts = counts & per_position(both.has_teacher, counts)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from kdcache.errors import LogitsError
-from kdcache.format.factored import LEAST_EXPONENT, TOP_EXPONENT, Factored
+from kdcache.format.factored import BELOW_TOP, LEAST_EXPONENT, TOP_EXPONENT, Factored
 from kdcache.format.known_heads import head_on
 
 _EXPONENT_BIAS, _MANTISSA_BITS = 127, 23  # of float32
@@ -56,7 +56,10 @@ def encode_features(encoding: Factored, inputs: LayerInputs, logits: torch.Tenso
     # By its bits: `ldexp` of a device is a product with pow(2, n), which need not be exact.
     scale = ((exponents + _EXPONENT_BIAS) << _MANTISSA_BITS).to(torch.int32).view(torch.float32)
     scale = torch.where((largest > 0) & torch.isfinite(largest), scale, 1.0)
-    return {"features": (exact / scale.unsqueeze(1)).half(), "row_scale": scale}
+    stored = (exact / scale.unsqueeze(1)).half()
+    at_the_end = (stored.abs() == 2.0**TOP_EXPONENT) & (exponents == 128 - TOP_EXPONENT).unsqueeze(1)
+    stored = torch.where(at_the_end, stored * BELOW_TOP, stored)
+    return {"features": stored, "row_scale": scale}
 
 
 def unlike_rows(

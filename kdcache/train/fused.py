@@ -32,9 +32,8 @@ SMALLEST = 1 << 15
 # exp2 takes a quarter of the time of exp here (38 against 172 us at 256 x 1000), and the factor costs no rounding of
 # its own, since logits are divided by the temperature anyway.
 LOG2_E, LN_2 = 1 / math.log(2), math.log(2)
-# Stands for -inf inside: 0 * LOWEST is 0, where 0 * -inf is NaN. A KL beyond INFINITE held such a class.
+# Stands for -inf inside: 0 * LOWEST is 0, where 0 * -inf is NaN.
 LOWEST = -1e30
-INFINITE = 1e15
 
 
 def fused_terms(
@@ -141,6 +140,8 @@ def _block(
     a = (z - z.amax(1, keepdim=True)).mul_(LOG2_E / temperature).clamp_min_(LOWEST)
     p = a.exp2()
     p_sum = p.sum(1, keepdim=True)
+    # The student gives 0 to what the teacher does not: seldom, and looked for where a class of the student is masked.
+    is_infinite = ((v == -math.inf) & (p > 0)).any(1, keepdim=True) if bool(v.amin() == -math.inf) else None
     difference = a.sub_(b)  # log2(p / q), but for the normalisers
     q = b.exp2_()
     q_sum = q.sum(1, keepdim=True)
@@ -148,7 +149,8 @@ def _block(
         kl = _positive_kl(p, q, p_sum, q_sum, difference)
     else:
         kl = difference.mul_(p).sum(1, keepdim=True).mul_(LN_2).div_(p_sum).sub_(p_sum.div(q_sum).log_())
-    kl.masked_fill_(kl > INFINITE, math.inf)
+    if is_infinite is not None:
+        kl.masked_fill_(is_infinite, math.inf)
     s = torch.sub(v, top, out=difference).mul_(LOG2_E).exp2_()
     s_sum = s.sum(1, keepdim=True)
     at_label = labels.clamp_min(0)[:, None]

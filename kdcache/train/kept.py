@@ -7,7 +7,7 @@ each class is counted once.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -58,7 +58,7 @@ def kept(rows: TeacherRows, *, dtype: torch.dtype = torch.float32) -> Kept:
     encoding = topk_encoding(rows)
     top, classes = rows.arrays["topk_logits"].to(dtype), encoding.class_index(rows.arrays)
     if not encoding.labels:
-        return Kept(classes, top, None, float(encoding.num_classes - encoding.k))
+        return _but_blank(Kept(classes, top, None, float(encoding.num_classes - encoding.k)), rows.has_teacher)
     labels = [label for label in (rows.label, rows.label_b) if label is not None][: encoding.labels]
     if len(labels) != encoding.labels:
         raise UsageError(
@@ -74,9 +74,31 @@ def kept(rows: TeacherRows, *, dtype: torch.dtype = torch.float32) -> Kept:
     # Beyond the last class no label of ours lies: a hostile file must not end the process.
     their_classes = torch.stack(labels, dim=1).clamp(max=encoding.num_classes - 1)
     their_classes = torch.where(missing, classes[:, :1], their_classes)
-    return Kept(
+    slots = Kept(
         torch.cat([classes, their_classes], dim=1),
         torch.cat([top, own], dim=1),
         torch.cat([torch.zeros_like(classes, dtype=torch.bool), missing], dim=1),
         (encoding.num_classes - encoding.k - (~missing).sum(dim=1)).to(dtype),
+    )
+    return _but_blank(slots, rows.has_teacher)
+
+
+def _but_blank(slots: Kept, has_teacher: Tensor) -> Kept:
+    """Rows without a teacher are zeros, K times class 0: all their slots but the first are empty.
+
+    Their student's probabilities are then those of class 0 and of all others, and sum to 1.
+    """
+    if has_teacher.device.type == "cpu" and bool(has_teacher.all()):  # on a GPU a look would stall the stream
+        return slots
+    shape = [len(has_teacher), *[1] * (slots.classes.ndim - 1)]
+    blank = (~has_teacher).reshape(shape).expand(slots.classes.shape).clone()
+    blank[:, 0] = False
+    is_empty = blank if slots.is_empty is None else slots.is_empty | blank
+    count = torch.as_tensor(slots.tail_count, dtype=slots.logits.dtype, device=has_teacher.device)
+    return replace(
+        slots,
+        classes=torch.where(blank, slots.classes[:, :1], slots.classes),
+        logits=slots.logits.masked_fill(blank, -math.inf),
+        is_empty=is_empty,
+        tail_count=count.expand(slots.classes[:, 0].shape),
     )

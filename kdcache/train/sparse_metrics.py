@@ -58,7 +58,7 @@ def confidence(rows: TeacherRows, temperature: Temperature = 1.0) -> Measured:
 
 
 def label_log_prob(rows: TeacherRows, temperature: Temperature = 1.0, *, labels: Tensor | None = None) -> Measured:
-    """The teacher's log-probability of the label, whose negative mean is its NLL; 0 where a row has no label.
+    """The teacher's log-probability of the label, whose negative mean is its NLL; 0 without a label or a teacher.
 
     Args:
         rows: N `topk` rows of tensors.
@@ -72,7 +72,7 @@ def label_log_prob(rows: TeacherRows, temperature: Temperature = 1.0, *, labels:
         UsageError: another encoding, no temperature, or rows without labels.
         MismatchError: a label whose logit the row does not keep.
     """
-    labels = _labels(rows, labels)
+    labels = _but_blank(_labels(rows, labels), rows.has_teacher)
     head, tail, slots = _parts(rows, temperature)
     own = _pick(head, label_slot(slots, labels))
 
@@ -137,6 +137,8 @@ def target_pair(both: Pair, rows: TeacherRows, labels: Tensor | None = None) -> 
     Source: Zhao et al., Decoupled Knowledge Distillation, CVPR 2022 (arXiv:2203.08679), equation 5.
     """
     labels = _labels(rows, labels)
+    if both.has_teacher is not None:
+        labels = _but_blank(labels, both.has_teacher)
     slot = label_slot(kept(rows), labels)
     has_label = labels >= 0
     if both.has_teacher is not None:
@@ -186,3 +188,8 @@ def _labels(rows: TeacherRows, labels: Tensor | None) -> Tensor:
 def _pick(values: Tensor, slot: Tensor) -> Tensor:
     """(N, ...) the value in a slot (N, ...) of (N, M, ...)."""
     return values.gather(1, slot.unsqueeze(1)).squeeze(1)
+
+
+def _but_blank(labels: Tensor, has_teacher: Tensor) -> Tensor:
+    """Labels (N, ...), -1 in rows without a teacher, which keep no label's logit and do not count."""
+    return torch.where(has_teacher.reshape(-1, *[1] * (labels.ndim - 1)), labels, -1)

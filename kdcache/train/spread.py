@@ -8,15 +8,14 @@ K = 10: 0.9 points of accuracy more at T = 2, 0.7 less at T = 4), so that it is 
 
 from __future__ import annotations
 
-from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from kdcache.store.rows import TeacherRows
 from kdcache.train.distributions import is_topk, pair
-from kdcache.train.divergence_losses import divergence_rows
-from kdcache.train.divergences import kl
+from kdcache.train.divergence_losses import divergence_rows, kl_of
 from kdcache.train.kept import kept
 from kdcache.train.reductions import Reduction, RowTerms, reduce_rows
 from kdcache.train.soft_targets import Teacher
@@ -77,9 +76,10 @@ def spread_kl_rows(
     tail_tolerance: float | None = None,
 ) -> RowTerms:
     """The loss of each row (N, ...); arguments are those of `spread_kl_loss`, and a class mask of dense rows."""
+    divisor = temperature if student_temperature is None else student_temperature
     if not is_topk(teacher):
         return divergence_rows(
-            kl,
+            partial(kl_of, temperature=temperature, student_temperature=divisor),
             student_logits,
             teacher,
             temperature=temperature,
@@ -94,11 +94,12 @@ def spread_kl_rows(
         class_mask=class_mask,
         tail_tolerance=tail_tolerance,
     )
-    divisor = temperature if student_temperature is None else student_temperature
     student = student_logits if student_logits.dtype == torch.float64 else student_logits.float()
-    tail = _even_tail(student / divisor, teacher.tensors())
-    log_q = torch.cat([both.log_q[:, :-1], tail.unsqueeze(1)], dim=1)
-    return RowTerms(divisor**2 * kl(replace(both, log_q=log_q)), both.has_teacher)
+    bucketed = kl_of(both, temperature=temperature, student_temperature=divisor)
+    # The bucket's own log q in the place of the even tail's: what is added is not negative, by Jensen's inequality.
+    p_tail, log_q_tail = both.log_p[:, -1].exp(), both.log_q[:, -1]
+    lost = torch.where(p_tail > 0, log_q_tail - _even_tail(student / divisor, teacher.tensors()), 0.0)
+    return RowTerms(divisor**2 * (bucketed + p_tail * lost), both.has_teacher)
 
 
 def _even_tail(scaled: Tensor, rows: TeacherRows) -> Tensor:

@@ -127,7 +127,9 @@ def test_people_read_what_top_k_rows_would_capture(run, arguments) -> None:
     result = run(*arguments(), "--dry-run", "--top-k", "2", "--temperatures", "1,8")
     assert result.exit_code == 0, result.stderr
     assert " % of the KL at T = 1\n" in result.stdout
-    assert " % of the KL at T = 8\nbetter:    --dtype int4 (float16 below 30 classes) or a larger --top-k" in result.stdout
+    assert (
+        " % of the KL at T = 8\nbetter:    --dtype int4 (float16 below 30 classes) or a larger --top-k" in result.stdout
+    )
     report = json.loads(run(*arguments(), "--dry-run", "--top-k", "2", "--json").stdout)
     assert [one["temperature"] for one in report["captured"]] == [1, 2, 4]
 

@@ -199,3 +199,14 @@ def test_a_head_is_read_back_as_it_was_written() -> None:
 def test_a_head_that_is_not_that_of_the_rows_is_refused(value: Any) -> None:
     with pytest.raises(CorruptCacheError):
         parse_head(value, encoding(2), where="here")
+
+
+def test_the_largest_float_stays_finite() -> None:
+    largest = np.finfo(np.float32).max
+    inputs = np.array([[largest, 0.0, -largest], [1.0, 2.0, 3.0]], np.float32)
+    encoding = Factored((2,), 3, "0" * 64)
+    arrays = encoding.encode_features(inputs).arrays
+    decoded = encoding.inputs(arrays)
+    assert np.isfinite(decoded).all()
+    assert np.allclose(decoded, inputs, rtol=2**-10)
+    assert encoding.flaw(arrays) is None

@@ -45,18 +45,18 @@ def open_writer(path: Path, **settings: Any) -> Writer:
     return Writer(path, **{"classes": NAMES, "shard_rows": SHARD_ROWS, "provenance": PROVENANCE, **settings})
 
 
-def write_rows(writer: Writer, rows: int = ROWS, first: int = 0) -> None:
-    """Writes rows from number `first` on."""
+def write_rows(writer: Writer, rows: int = ROWS, first: int = 0, columns: int = CLASSES) -> None:
+    """Writes rows from number `first` on, with logits of as many classes as there are columns."""
     rng = np.random.default_rng(first)
-    logits = rng.integers(-600, 600, (rows, CLASSES)).astype(np.float32) / 64
+    logits = rng.integers(-600, 600, (rows, columns)).astype(np.float32) / 64
     ids = np.arange(first, first + rows)
-    writer.write(ids, logits, ids % CLASSES, input_digests=ids.astype(np.uint64) * 0x0101010101)
+    writer.write(ids, logits, ids % columns, input_digests=ids.astype(np.uint64) * 0x0101010101)
 
 
-def write_sound(path: Path, **settings: Any) -> Path:
+def write_sound(path: Path, columns: int = CLASSES, **settings: Any) -> Path:
     """A cache of 600 rows as the library writes it."""
     with open_writer(path, **settings) as writer:
-        write_rows(writer)
+        write_rows(writer, columns=columns)
     return path
 
 
@@ -70,7 +70,7 @@ def sound_file() -> bytes:
 @functools.cache
 def _sound_folder() -> dict[str, bytes]:
     with tempfile.TemporaryDirectory() as folder:
-        return _files_of(write_sound(Path(folder, "teacher")))
+        return files_of(write_sound(Path(folder, "teacher")))
 
 
 @functools.cache
@@ -79,10 +79,11 @@ def _sound_dump() -> dict[str, bytes]:
         writer = open_writer(Path(folder, "teacher"))
         write_rows(writer, 300)
         writer.abandon()
-        return _files_of(Path(folder, "teacher"))
+        return files_of(Path(folder, "teacher"))
 
 
-def _files_of(root: Path) -> dict[str, bytes]:
+def files_of(root: Path) -> dict[str, bytes]:
+    """The files of a cache by name, the lock file left out."""
     files = {p.relative_to(root).as_posix(): p.read_bytes() for p in root.rglob("*") if p.is_file()}
     return {name: data for name, data in files.items() if name != ".lock"}
 

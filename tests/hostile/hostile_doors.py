@@ -14,7 +14,9 @@ import gc
 import importlib
 import json
 import os
+import re
 import resource
+import shutil
 import signal
 import sys
 import threading
@@ -26,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from hostile_places import AFTER_OPEN, put_instead
+from hostile_places import AFTER_OPEN, FOLDER_ONLY, put_instead
 
 MEMORY_BYTES = 200 << 20
 _PATH_EVENTS = {"open", "os.listdir", "os.scandir", "os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link"}
@@ -49,7 +51,9 @@ def _open(path: Path, work: Path, access: str = "mmap") -> None:
         repr(cache)
         rows = cache.gather(np.arange(len(cache)) if len(cache) < 1 << 20 else np.arange(8))
         cache.gather(cache.rows(cache.sample_ids[:5], cache.views[0]))
-        rows.dense()
+        if rows.encoding.has_all_logits:
+            rows.dense()
+        rows.encoding.top_class(rows.arrays)
 
 
 def _pread(path: Path, work: Path) -> None:
@@ -71,7 +75,11 @@ def _inspect(path: Path, work: Path) -> None:
 def _merge(path: Path, work: Path) -> None:
     import kdcache
 
-    kdcache.merge(path, work / "merged.h5")
+    kdcache.merge(path, work / _merged(path))
+
+
+def _merged(path: Path) -> str:
+    return "merged" if os.path.exists(path.parent / FOLDER_ONLY) else "merged.h5"
 
 
 def _export(path: Path, work: Path) -> None:
@@ -145,7 +153,7 @@ COMMANDS = {
     "kdcache inspect --json": ("inspect", "PATH", "--json"),
     "kdcache verify": ("verify", "PATH"),
     "kdcache verify --json": ("verify", "PATH", "--json"),
-    "kdcache merge": ("merge", "PATH", "OUT/merged.h5"),
+    "kdcache merge": ("merge", "PATH", "OUT/MERGED"),
     "kdcache export": ("export", "PATH", "OUT/exported.h5"),
     "kdcache card": ("card", "PATH", "--print"),
 }
@@ -153,7 +161,8 @@ COMMANDS = {
 
 def arguments_of(door: str, path: Path, work: Path) -> list[str]:
     """The command line of a door."""
-    return [part.replace("OUT", str(work)).replace("PATH", str(path)) for part in COMMANDS[door]]
+    places = {"OUT": str(work), "MERGED": _merged(path), "PATH": str(path)}
+    return [re.sub("|".join(places), lambda found: places[found[0]], part) for part in COMMANDS[door]]
 
 
 # --------------------------------------------------------------------------- one child
@@ -178,7 +187,7 @@ def _try(door: str, path: Path, work: Path) -> dict[str, Any]:
     found["touched"] = list(_SEEN)
     found["left"] = sorted(os.listdir(work))
     for name in found["left"]:
-        os.unlink(work / name)
+        shutil.rmtree(work / name) if (work / name).is_dir() else os.unlink(work / name)
     return {"door": door, "work": str(work), **found}
 
 

@@ -144,7 +144,7 @@ def plan_in_the_place_of_a_manifest(folder: Path) -> Path:
     return put_manifest(folder, "kind", value="plan")
 
 
-@hostile(r"manifest.json: an encoding needs exactly name, dtype and shape, found .*__reduce__")
+@hostile(r"manifest.json: the encoding dense needs exactly dtype, name, shape, found .*__reduce__")
 def encoding_with_a_hook(folder: Path) -> Path:
     """An encoding with one field more, for decoders that pass fields on as arguments."""
     encoding = changed(sound_manifest()["encoding"], __reduce__="os.system")

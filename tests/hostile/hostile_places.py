@@ -7,6 +7,7 @@ import socket
 from pathlib import Path
 
 AFTER_OPEN = "after-open.json"
+FOLDER_ONLY = "merge-to-a-folder"  # a file beside a cache that has no one-file form
 
 
 def put_instead(path: Path, kind: str, outside: Path) -> None:

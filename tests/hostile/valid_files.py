@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from encoded_base import put, write_encoded
 from hostile_base import CLASSES, NAMES, open_writer, put_file, put_folder, sound_file, write_sound
 from hostile_cases import valid
+from hostile_places import FOLDER_ONLY
 
 from kdcache.format.dense import Dense
 from kdcache.format.identity import as_sample_ids
@@ -238,6 +240,55 @@ def copy_with_other_times_and_modes(folder: Path) -> Path:
 def file_of_another_name(folder: Path) -> Path:
     """A one-file cache without .h5 in its name."""
     return put_file(folder, sound_file(), "teacher")
+
+
+@valid
+def folder_of_int8(folder: Path) -> Path:
+    """8 bits a logit."""
+    return write_encoded(folder / "teacher", "int8")
+
+
+@valid
+def one_file_of_int4(folder: Path) -> Path:
+    """4 bits a logit, of 63 classes, one file."""
+    return write_encoded(folder / "teacher.h5", "int4")
+
+
+@valid
+def folder_of_top_k(folder: Path) -> Path:
+    """The 10 largest logits and the label's, with the tail at T = 1, 4 and that of the row."""
+    return write_encoded(folder / "teacher", "topk")
+
+
+@valid
+def one_file_of_top_k(folder: Path) -> Path:
+    """The same as one file."""
+    return write_encoded(folder / "teacher.h5", "topk")
+
+
+@valid
+def one_file_of_all_logits_ranked(folder: Path) -> Path:
+    """Top-k rows that keep every class, for one temperature, without labels."""
+    return _write(folder / "teacher.h5", top_k=CLASSES, temperatures=("z2",))
+
+
+@valid
+def top_k_of_images(folder: Path) -> Path:
+    """Dense prediction: the 3 largest of 64 classes on 3 x 5 positions."""
+    return _write(folder / "teacher", trailing=(3, 5), top_k=3, temperatures=(0.5,))
+
+
+@valid
+def folder_of_factored_rows(folder: Path) -> Path:
+    """Features of 16 values, and head.h5."""
+    return put(folder, "factored")
+
+
+@valid
+def golden_factored_folder(folder: Path) -> Path:
+    """The factored folder that was written when format 1 was new."""
+    (folder / FOLDER_ONLY).touch()
+    return Path(shutil.copytree(GOLDEN / "factored", folder / "teacher"))
 
 
 @valid

@@ -13,125 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from recipes import ONE_FILE, Recipe, make
 
 from kdcache.errors import CorruptCacheError, IncompleteCacheError
 from kdcache.format.arrays import ArrayLayout
-from kdcache.format.dense import Dense
 from kdcache.format.hdf5_parser import parse
-from kdcache.format.identity import as_sample_ids
-from kdcache.format.manifest import ClassList
-from kdcache.format.schema import RowSchema
+from kdcache.format.head import HEAD_FILE
 from kdcache.store import cache as caches
-from kdcache.store.dump import DumpFolder, open_dump
-from kdcache.store.incoming import consecutive
-from kdcache.store.merge import merge
 from kdcache.store.parts import Part
-from kdcache.store.plan import Plan
 from kdcache.store.verify import VerifyReport, verify
 
 Damage = Mapping[str, bytes | None]
-ONE_FILE = "teacher.h5"
 REFUSALS = (CorruptCacheError, IncompleteCacheError)
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """One form of a cache; `names` are as long as it takes to need a classes.json."""
-
-    name: str
-    rows: int = 120
-    shard_rows: int = 50
-    classes: int = 7
-    trailing: tuple[int, ...] = ()
-    dtype: str = "float16"
-    views: tuple[int, ...] = (0,)
-    text_ids: bool = False
-    labels: bool = True
-    digests: bool = False
-    names: bool = False
-    one_file: bool = False
-
-    def __str__(self) -> str:
-        return self.name
-
-    @property
-    def plan(self) -> Plan:
-        """Of every dump of this form, so that their shards have the same headers."""
-        ids = self.ids()
-        id_dtype = "<i8" if ids.dtype.kind == "i" else f"|S{ids.dtype.itemsize}"
-        schema = RowSchema(Dense((self.classes, *self.trailing), self.dtype), id_dtype, self.labels, self.digests)
-        names = tuple(f"class {n:03d} {'of a long list ' * 6}" for n in range(self.classes)) if self.names else None
-        provenance = {"teacher": {"spec": "module:factory"}, "data": {"name": "toy"}}
-        classes = ClassList.of(self.classes, names)
-        return Plan(schema, classes, self.shard_rows, self.rows, provenance, self.views)
-
-    def ids(self) -> np.ndarray:
-        numbers = range(self.rows)
-        return as_sample_ids([f"image {n * 7919 % self.rows}.png" for n in numbers] if self.text_ids else numbers)
-
-
-FOLDERS = (
-    Recipe("float16"),
-    Recipe("text ids", dtype="float32", text_ids=True, labels=False, digests=True),
-    Recipe("two views", views=(0, 3), rows=60, shard_rows=15),
-    Recipe("two views of images", views=(1, 2), rows=40, shard_rows=16, trailing=(3, 2), labels=False, text_ids=True),
-    Recipe("a vocabulary", classes=700, rows=30, shard_rows=20, names=True, digests=True),
-)
-FILES = (
-    Recipe("one file", digests=True, one_file=True),
-    Recipe("one file of two views", dtype="float32", views=(0, 3), text_ids=True, rows=60, one_file=True),
-    Recipe("one file of images", classes=4, trailing=(2, 3), labels=False, digests=True, one_file=True),
-)
-# Several HDF5 chunks and many pages in a shard; the second has chunks of 1 MiB.
-LARGE = (
-    Recipe("chunks of 256 rows", rows=1_100, shard_rows=600, classes=20, digests=True),
-    Recipe("chunks of 1 MiB", rows=1_200, shard_rows=600, classes=1_000, dtype="float32"),
-    Recipe("one file with chunks of 256 rows", rows=700, classes=24, one_file=True),
-)
-
-
-def fill(dump: DumpFolder, recipe: Recipe, seed: int, *, until: int | None = None) -> None:
-    """What a run of `precompute` does: claims and commits each shard that is not there, `until` shards at most.
-
-    Dumps of other seeds have other logits for the same samples; one shard in three and one row in ten are equal.
-    """
-    plan, ids = dump.plan, recipe.ids()
-    for number in range(plan.shard_count if until is None else until):
-        view, start, stop = plan.span(number)
-        index = number % plan.shards_per_view
-        if not dump.claim(view, index):
-            continue
-        rows = range(start, stop)
-        shared = seed == 0 or (index + seed) % 3 == 0
-        logits = np.stack([_logits(recipe, seed if n % 10 and not shared else 0, view, n) for n in rows])
-        stored = {"sample_id": ids[start:stop], **plan.schema.encoding.encode(logits).arrays}
-        if recipe.labels:
-            stored["label"] = np.array([n % recipe.classes for n in rows])
-        if recipe.digests:
-            stored["input_digest"] = np.array([(n * 0x9E3779B97F4A7C15) % 2**64 for n in rows], np.uint64)
-        container = dump.container(view, index, start, stop)
-        container.append(stored, view=view, positions=np.asarray(rows))
-        dump.commit(container, container.record(view=view, start=start, ids=consecutive(ids[start:stop])), index)
-        dump.release(view, index)
-
-
-def _logits(recipe: Recipe, seed: int, view: int, row: int) -> np.ndarray:
-    rng = np.random.default_rng((seed, view, row))
-    return rng.normal(0, 4, (recipe.classes, *recipe.trailing)).astype(np.float32)
-
-
-def make(folder: Path, recipe: Recipe, seed: int) -> Path:
-    """A finished cache; the path of the folder or the file."""
-    dump = open_dump(folder / f"dump {seed}", recipe.plan)
-    fill(dump, recipe, seed)
-    dump.finish(dump.all_records() or [], samples=recipe.rows)
-    dump.leave()
-    if not recipe.one_file:
-        return dump.folder
-    target = folder / f"file {seed}" / ONE_FILE
-    merge(dump.folder, target)
-    return target
-
 
 Columns = dict[str, np.ndarray]
 
@@ -172,7 +65,7 @@ class Subject:
     @property
     def containers(self) -> list[str]:
         """Names of the files that hold rows."""
-        return [name for name in self.files if name.endswith(".h5")]
+        return [name for name in self.files if name.endswith(".h5") and name != HEAD_FILE]
 
     def parts_of(self, name: str) -> list[Part]:
         """The parts that lie in a file: one, or one a view."""

@@ -23,10 +23,12 @@ from torch.utils.data import TensorDataset
 import kdcache
 from kdcache.errors import KDCacheError, UsageError
 from kdcache.format import hdf5_header
+from kdcache.format.head import HEAD_FILE
 from kdcache.stages.distill import distill
 from kdcache.stages.distill_options import DistillOptions
 from kdcache.store import locks
 from kdcache.store.card import write_card
+from kdcache.store.convert import convert
 from kdcache.store.export import export
 from kdcache.store.inspect import describe
 from kdcache.store.merge import merge
@@ -97,13 +99,29 @@ def teacher() -> nn.Module:
     return nn.Linear(WIDTH, CLASSES)
 
 
+@functools.cache
+def teacher_of_two_layers() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(WIDTH, 5), nn.ReLU(), nn.Linear(5, CLASSES))
+
+
 def data() -> TensorDataset:
     return TensorDataset(torch.from_numpy(INPUTS), torch.from_numpy(LABELS))
 
 
 def precompute(path: Path, **options: Any) -> Any:
     settings = {"shard_rows": SHARD_ROWS, "batch_size": 3, "device": "cpu", "threads": 1, "quiet": True}
-    return kdcache.precompute(teacher(), data(), path, **settings, **options)
+    model = teacher_of_two_layers() if "factored" in options else teacher()
+    return kdcache.precompute(model, data(), path, **settings, **options)
+
+
+def precompute_factored(path: Path) -> Any:
+    return precompute(path, factored="2")
+
+
+def lose_the_head(path: Path) -> None:
+    precompute_factored(path)
+    (path / HEAD_FILE).unlink()
 
 
 def lose_a_shard(path: Path) -> None:
@@ -167,6 +185,14 @@ JOBS = (
     ),
     Job("precompute", "t", nothing, lambda r: precompute(r / "t"), lambda r: precompute(r / "t")),
     Job("precompute-file", "t.h5", nothing, lambda r: precompute(r / "t.h5"), lambda r: precompute(r / "t.h5")),
+    Job("factored", "t", nothing, lambda r: precompute_factored(r / "t"), lambda r: precompute_factored(r / "t")),
+    Job(
+        "repair-factored",
+        "t",
+        lambda r: lose_the_head(r / "t"),
+        lambda r: precompute_factored(r / "t"),
+        lambda r: precompute_factored(r / "t"),
+    ),
     Job("repair", "t", lambda r: lose_a_shard(r / "t"), lambda r: precompute(r / "t"), lambda r: precompute(r / "t")),
     Job(
         "grow-views",
@@ -188,6 +214,27 @@ JOBS = (
         lambda r: write(r / "t"),
         lambda r: merge(r / "t", r / "b/t.h5"),
         lambda r: unless_there(merge, r / "t", r / "b/t.h5"),
+    ),
+    Job(
+        "convert",
+        "c",
+        lambda r: write(r / "t"),
+        lambda r: convert(r / "t", r / "c", top_k=2),
+        lambda r: unless_there(convert, r / "t", r / "c", top_k=2),
+    ),
+    Job(
+        "convert-file",
+        "c.h5",
+        lambda r: write(r / "t"),
+        lambda r: convert(r / "t", r / "c.h5", dtype="int4"),
+        lambda r: unless_there(convert, r / "t", r / "c.h5", dtype="int4"),
+    ),
+    Job(
+        "merge-factored",
+        "c",
+        lambda r: precompute_factored(r / "t"),
+        lambda r: merge(r / "t", r / "c"),
+        lambda r: unless_there(merge, r / "t", r / "c"),
     ),
     Job(
         "export-npz",
@@ -248,7 +295,8 @@ def rows_of(path: Path) -> bytes | None:
     try:
         with kdcache.open(path, access="pread") as cache:
             rows = cache.gather(np.arange(len(cache)))
-            return b"|".join(a.tobytes() for a in (rows.sample_id, rows.label, rows.dense()) if a is not None)
+            logits = [rows.dense()] if cache.encoding.has_all_logits else rows.arrays.values()
+            return b"|".join(a.tobytes() for a in (rows.sample_id, rows.label, *logits) if a is not None)
     except KDCacheError:
         return None
 

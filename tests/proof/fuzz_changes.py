@@ -14,6 +14,7 @@ import numpy as np
 from fuzz_bases import Base
 
 from kdcache.format.identity import canonical_json
+from kdcache.format.ranking import class_dtype
 from kdcache.format.schema import RowSchema
 
 
@@ -87,6 +88,8 @@ def grow(rng: random.Random, value: dict[str, Any]) -> None:
         for name, entry in record["arrays"].items():
             if wide and name == "logits":
                 entry[2][1] *= factor
+            if wide and name == "topk_classes":  # k stays, and the rows are as small as they were
+                entry[1] = class_dtype(value["encoding"]["shape"][0])
             entry[2][0] = record["stop"] - record["start"]
             entry[0] = offset
             offset += math.prod(entry[2]) * np.dtype(entry[1]).itemsize

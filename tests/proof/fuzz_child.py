@@ -23,7 +23,7 @@ import fuzz_doors
 import numpy as np
 from fuzz_dumps import PlanFile, RecordFile
 from fuzz_regressions import Regressions
-from fuzz_targets import Case, ClassesFile, FileHeader, ManifestFile, OneFile, Shard, Target
+from fuzz_targets import Case, ClassesFile, FileHeader, HeadFile, ManifestFile, OneFile, Shard, Target
 
 TARGETS: dict[str, type[Target]] = {
     "one_file": OneFile,
@@ -31,6 +31,7 @@ TARGETS: dict[str, type[Target]] = {
     "shard": Shard,
     "manifest": ManifestFile,
     "classes": ClassesFile,
+    "head": HeadFile,
     "plan": PlanFile,
     "record": RecordFile,
     "regressions": Regressions,

@@ -104,7 +104,9 @@ def _read(cache: Cache, sample_ids: Any, outcome: Outcome) -> None:
     if stored is None:
         return
     outcome.numbers, outcome.rows = numbers, as_rows(stored)
-    stored.dense()
+    if stored.encoding.has_all_logits:
+        stored.dense()
+    stored.encoding.top_class(stored.arrays)
     outcome.attempt("ids", lambda: cache.sample_ids if count <= MOST_ROWS else None)
     again = outcome.attempt("again", lambda: cache.gather(numbers[::-1], out=stored))
     if again is None or not same(as_rows(again), {name: array[::-1] for name, array in outcome.rows.items()}):

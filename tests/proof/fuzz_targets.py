@@ -127,6 +127,32 @@ class ManifestFile(Target):
         return {"manifest.json": fuzz_reseal.reseal_manifest(value)}
 
 
+class HeadFile(Target):
+    """The head of factored rows; manifest and shards name it by its new hash, and list its arrays where they are."""
+
+    def prepare(self) -> list[Base]:
+        return fuzz_bases.make_folders(self.home / "bases")[-1:]
+
+    def changes(self, rng: random.Random, base: Base) -> dict[str, bytes]:
+        value = json.loads(base.files["manifest.json"])
+        image = fuzz_changes.mutate_container(rng, base.files["head.h5"], base.files["shards/v000-00000.h5"])
+        if rng.random() < 0.2:
+            image = fuzz_changes.change_rows(rng, image)
+        found, head = fuzz_reseal.parsed(image), value["head"]
+        if found is not None:
+            head["arrays"] = {name: [a.offset, a.dtype, list(a.shape)] for name, a in found.arrays.items()}
+        old, new = head["sha256"], hashlib.sha256(image).hexdigest()
+        value["encoding"]["head"], head["sha256"], head["size"] = new, new, len(image)
+        files = {"head.h5": image}
+        for record in value["shards"]:
+            name = f"shards/{record['file']}"
+            files[name] = fuzz_hdf5.take_apart(base.files[name].replace(old.encode(), new.encode())).build()
+            fuzz_reseal.reseal_shard(record, files[name])
+        if rng.random() < 0.2:
+            value["head"] = fuzz_json.mutate(rng, head)
+        return {**files, "manifest.json": fuzz_reseal.reseal_manifest(value)}
+
+
 class ClassesFile(Target):
     """`classes.json`, which holds class names that are too long for a manifest; its hash made to fit."""
 

@@ -33,6 +33,7 @@ FULL = {
     "shard": 15_000,
     "manifest": 25_000,
     "classes": 2_000,
+    "head": 4_000,
     "plan": 4_000,
     "record": 4_000,
 }

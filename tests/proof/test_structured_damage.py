@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 import pytest
 import structured
-from damage import FILES, FOLDERS, LARGE, REFUSALS, Damage, Recipe, Subject, Subjects, contents, wrong
+from damage import REFUSALS, Damage, Subject, Subjects, contents, wrong
+from recipes import FILES, FOLDERS, LARGE, Recipe
 from structured import Kind, effective
 
 from kdcache.errors import MismatchError

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from damage import Recipe, contents, fill, put
+from damage import contents, put
+from recipes import Recipe, fill
 
 from kdcache.errors import KDCacheError
 from kdcache.stages.precompute import precompute

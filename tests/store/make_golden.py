@@ -15,7 +15,13 @@ from typing import Any
 
 import numpy as np
 
+from kdcache.format.factored import Factored
+from kdcache.format.manifest import ClassList
+from kdcache.format.schema import RowSchema
 from kdcache.store.cache import open as open_cache
+from kdcache.store.dump import open_dump
+from kdcache.store.head_writer import head_content, place_head
+from kdcache.store.plan import Plan
 from kdcache.store.writer import Writer
 
 ROWS = 10
@@ -45,11 +51,25 @@ def many_logits() -> np.ndarray:
     return values
 
 
+def last_layer() -> tuple[np.ndarray, np.ndarray]:
+    """(3, 5) weights and (3,) biases, float32: small multiples of 1/4."""
+    weight = (np.arange(15, dtype=np.float32).reshape(3, 5) * 7 % 11 - 5) / 4
+    return weight, np.array([0.5, -1, 0], np.float32)
+
+
+def inputs() -> np.ndarray:
+    """(10, 5) float32 inputs of that layer: exact in storage, one row of zeros, one above the range of float16."""
+    values = (np.arange(ROWS * 5, dtype=np.float32).reshape(ROWS, 5) * 41 % 97 - 48) / 8
+    values[2], values[3] = 0, values[3] * 2**14
+    return values
+
+
 def main(out: Path) -> None:
     """Writes all caches."""
     os.environ["SOURCE_DATE_EPOCH"] = "1700000000"
     write_floats(out)
     write_small_rows(out)
+    write_factored(out)
 
 
 def write_floats(out: Path) -> None:
@@ -72,6 +92,26 @@ def write_small_rows(out: Path) -> None:
         with Writer(out / name, classes=21, shard_rows=4, provenance=provenance, **encoding) as writer:
             writer.write(np.arange(ROWS), many_logits(), labels())
     record_roots(out, *settings)
+
+
+def write_factored(out: Path) -> None:
+    """`factored` (a folder with head.h5), as `precompute` writes one."""
+    content = head_content(*last_layer())
+    schema = RowSchema(Factored((3,), 5, content.record.sha256), "<i8", has_labels=True, has_digests=False)
+    provenance = {"teacher": {"spec": "golden"}, "data": {"name": "golden"}, "teacher_seen": "no"}
+    classes = ClassList.of(3, ("cat", "dög", "owl"))
+    dump = open_dump(out / "factored", Plan(schema, classes, 4, ROWS, provenance, head=content.record))
+    place_head(dump, content)
+    for number in range(dump.plan.shard_count):
+        _, start, stop = dump.plan.span(number)
+        container, rows = dump.container(0, number, start, stop), slice(start, stop)
+        encoded = schema.encoding.encode_features(inputs()[rows]).arrays
+        stored = {"sample_id": np.arange(start, stop), **encoded, "label": labels()[rows]}
+        container.append(stored, view=0, positions=np.arange(start, stop))
+        dump.commit(container, container.record(view=0, start=start, ids=(start, stop - 1)), number)
+    dump.finish(dump.all_records() or [], samples=ROWS)
+    dump.leave()
+    record_roots(out, "factored")
 
 
 def record_roots(out: Path, *names: str) -> None:

@@ -12,6 +12,7 @@ import pytest
 from kdcache.errors import CorruptCacheError, MismatchError, UsageError
 from kdcache.store.cache import open as open_cache
 from kdcache.store.convert import convert
+from kdcache.store.export import export
 from kdcache.store.merge import merge
 from kdcache.store.verify import verify
 from kdcache.store.writer import Writer
@@ -93,7 +94,10 @@ def test_a_conversion_that_was_interrupted_goes_on(source: Path, tmp_path: Path)
 
     with pytest.raises(KeyboardInterrupt):
         convert(source, tmp_path / "out", dtype="int8", shard_rows=50, progress=stop)
+    kept = {path: path.stat().st_ino for path in (tmp_path / "out" / "shards").glob("*.h5")}
+    assert len(kept) == 2
     root = convert(source, tmp_path / "out", dtype="int8", shard_rows=50)
+    assert {path: path.stat().st_ino for path in kept} == kept
     assert convert(source, tmp_path / "whole", dtype="int8", shard_rows=50) == root
 
 
@@ -102,6 +106,14 @@ def test_what_cannot_be_meant_is_refused(source: Path, tmp_path: Path) -> None:
         convert(source, tmp_path / "out", dtype="float32")
     with pytest.raises(UsageError, match="is the cache that is read"):
         convert(source, source, dtype="int8")
+    merge(source, tmp_path / "one.h5")
+    for call in (
+        lambda: convert(tmp_path / "one.h5", tmp_path / "." / "one.h5", dtype="int8", overwrite=True),
+        lambda: export(tmp_path / "one.h5", tmp_path / "one.h5", overwrite=True),
+    ):
+        with pytest.raises(UsageError, match="is the cache that is read"):
+            call()
+    assert verify(tmp_path / "one.h5").ok
     with pytest.raises(UsageError, match="--top-k stores float16"):
         convert(source, tmp_path / "out", dtype="int8", top_k=5)
     with pytest.raises(UsageError, match="--shard-rows"):
@@ -126,3 +138,15 @@ def test_a_damaged_row_ends_it_and_nothing_is_left(source: Path, tmp_path: Path)
     with pytest.raises(CorruptCacheError, match="checksum"):
         convert(tmp_path / "one.h5", tmp_path / "out.h5", dtype="int8")
     assert not (tmp_path / "out.h5").exists()
+
+
+@pytest.mark.parametrize("shard_rows", [50, 128])
+def test_what_was_clamped_before_is_still_counted(tmp_path: Path, shard_rows: int) -> None:
+    logits = LOGITS.copy()
+    logits[:, 3] = -1e6
+    with Writer(tmp_path / "source", classes=CLASSES, shard_rows=128) as writer:
+        writer.write(np.arange(ROWS), logits)
+    convert(tmp_path / "source", tmp_path / "out", dtype="int8", shard_rows=shard_rows)
+    for name in ("source", "out"):
+        shards = json.loads((tmp_path / name / "manifest.json").read_text())["shards"]
+        assert sum(shard["clamped"] for shard in shards) == ROWS

@@ -262,3 +262,24 @@ def test_a_finished_dump_whose_shard_is_gone_is_reopened_for_that_shard_alone(tm
     assert [again.claim(0, index) for index in range(3)] == [False, True, False]
     commit(again, 1)
     assert again.finish(again.all_records() or [], samples=10).root == root
+
+
+def test_a_shard_made_anew_with_other_bytes_and_not_recorded_is_made_again(tmp_path: Path) -> None:
+    """Another machine heals a folder, and is killed between a shard and its record: the old one has other bytes."""
+    dump = open_dump(tmp_path / "x", PLAN)
+    for index in range(3):
+        commit(dump, index)
+    dump.finish(dump.all_records() or [], samples=10)
+    dump.leave()
+    (tmp_path / "x" / "shards" / "v000-00001.h5").unlink()
+    killed = open_dump(tmp_path / "x", PLAN)
+    assert killed.claim(0, 1)
+    container, _ = fill(killed, 1, shift=1.0)
+    assert container.publish()
+    killed.release(0, 1)
+    killed.leave()
+    again = open_dump(tmp_path / "x", PLAN)
+    assert again.claim(0, 1)
+    commit(again, 1)
+    again.finish(again.all_records() or [], samples=10)
+    assert verify(tmp_path / "x").ok

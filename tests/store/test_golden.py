@@ -75,6 +75,18 @@ def check_small_rows(root: Path) -> None:
         assert rows.arrays["tail_mean"][row] == pytest.approx(tail.mean(), rel=1e-6)
 
 
+def check_factored(path: Path) -> None:
+    weight, bias = MAKER.last_layer()
+    with caches.open(path) as cache:
+        rows = cache.gather(np.arange(10))
+    exact = MAKER.inputs().astype(np.float64)
+    stored = rows.arrays["features"].astype(np.float64) * rows.arrays["row_scale"][:, None]
+    np.testing.assert_array_equal(stored, exact)  # a power of two loses nothing
+    np.testing.assert_array_equal(np.frexp(rows.arrays["row_scale"])[0], 0.5)
+    np.testing.assert_array_equal(rows.dense(), exact @ weight.T + bias)  # few bits: float32 rounds nothing here
+    np.testing.assert_array_equal(rows.label, MAKER.labels())
+
+
 @pytest.mark.parametrize("name", sorted(ROOTS))
 def test_the_golden_caches_verify_and_have_the_recorded_root(name: str) -> None:
     report = verify(GOLDEN / name, expect_root=ROOTS[name])
@@ -91,7 +103,12 @@ def test_the_golden_caches_of_small_rows_give_what_they_were_made_of() -> None:
     check_small_rows(GOLDEN)
 
 
+def test_the_golden_factored_cache_gives_the_logits_of_its_layer() -> None:
+    check_factored(GOLDEN / "factored")
+
+
 def test_a_cache_made_today_gives_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     MAKER.main(tmp_path)  # its bytes differ by the versions in its provenance, its rows do not
     check_rows(caches.open(tmp_path / "folder"), caches.open(tmp_path / "file.h5"))
     check_small_rows(tmp_path)
+    check_factored(tmp_path / "factored")

@@ -244,3 +244,13 @@ def test_large_and_small_batches_get_the_same_loss(monkeypatch: pytest.MonkeyPat
         found.append((loss.item(), v.grad))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
     assert torch.allclose(found[0][1], found[1][1], rtol=1e-4, atol=1e-7)
+
+
+def test_a_class_that_the_student_masks_makes_the_kl_infinite_however_small_its_share() -> None:
+    teacher = torch.zeros(64, 1000)
+    teacher[:, 5] = -60.0
+    student = torch.zeros(64, 1000)
+    student[3, 5] = -torch.inf
+    labels = torch.zeros(64, dtype=torch.int64)
+    found = kd_loss(student, teacher, labels, alpha=0.5, temperature=1.0, reduction="none")
+    assert torch.isinf(found).nonzero().tolist() == [[3]]

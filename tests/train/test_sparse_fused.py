@@ -18,6 +18,7 @@ from kdcache.errors import MismatchError, UsageError
 from kdcache.store.rows import TeacherRows
 from kdcache.train.cross_entropy import cross_entropy
 from kdcache.train.divergence_losses import kl_of
+from kdcache.train.kd import kd_loss
 from kdcache.train.sparse import topk_pair
 from kdcache.train.sparse_fused import sparse_terms
 
@@ -144,3 +145,23 @@ def test_what_does_not_fit_is_refused() -> None:
         sparse_terms(student, rows, labels, temperature=0.7, tail_tolerance=0.0, **options)
     with pytest.raises(UsageError, match="hold 0 labels"):
         sparse_terms(student, replace(rows, label=None), labels, temperature=1.0, **options)
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_rows_without_a_teacher_have_the_cross_entropy_of_all_classes(labelled: bool) -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 50, 6)
+    rows = rows_of(rng.normal(size=(6, 50)).astype(np.float32), k=10, labels=[labels] if labelled else [])
+    blank = torch.tensor([False, True, False, False, True, False])
+    arrays = {name: array.clone() for name, array in rows.arrays.items()}
+    for array in arrays.values():
+        array.view(torch.int16 if array.dtype == torch.uint16 else array.dtype)[blank] = 0
+    rows = replace(rows, arrays=arrays, has_teacher=~blank, label=torch.from_numpy(labels) if labelled else None)
+    student = torch.from_numpy(rng.normal(size=(6, 50))).float().requires_grad_()
+    at = torch.from_numpy(labels)
+    found = kd_loss(student, rows, at, alpha=0.5, temperature=2.0, reduction="none")
+    expected = torch.nn.functional.cross_entropy(student, at, reduction="none")
+    assert torch.allclose(found[blank], expected[blank], rtol=1e-6)
+    (of_found,) = torch.autograd.grad(found[blank].sum(), student)
+    (of_expected,) = torch.autograd.grad(expected[blank].sum(), student)
+    assert torch.allclose(of_found, of_expected, atol=1e-6)
