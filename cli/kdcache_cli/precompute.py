@@ -67,8 +67,8 @@ def growth_text(growth: Mapping[str, Any]) -> str:
     more = ", ..." if growth["labels_changed"] > len(growth["changed_ids"]) else ""
     return (
         f"{text}\nlabels changed: {growth['labels_changed']:,} of the {growth['labels_compared']:,} compared "
-        f"({', '.join(growth['changed_ids'])}{more}). The cache keeps the labels that it has, and a run stops at "
-        "a sample whose two labels differ; --overwrite makes a dump with the new labels"
+        f"({', '.join(map(str, growth['changed_ids']))}{more}). The cache keeps the labels that it has, and a run "
+        "stops at a sample whose two labels differ; --overwrite makes a dump with the new labels"
     )
 
 

@@ -75,7 +75,7 @@ class Growth:
     inputs_compared: int
     labels_compared: int
     labels_changed: int
-    changed_ids: tuple[str, ...]
+    changed_ids: tuple[str | int, ...]
 
 
 def stored_order(out: Path, ids: np.ndarray, *, overwrite: bool) -> StoredOrder | None:
@@ -167,7 +167,10 @@ def compare_stored(
             inputs_compared=len(chosen),
             labels_compared=len(at) if cache.has_labels else 0,
             labels_changed=len(changed),
-            changed_ids=tuple(show_id(value) for value in ids[changed[:_SHOWN]]),
+            changed_ids=tuple(
+                value.decode(errors="replace") if isinstance(value, bytes) else value
+                for value in ids[changed[:_SHOWN]].tolist()
+            ),
         )
 
 

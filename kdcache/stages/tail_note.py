@@ -49,7 +49,7 @@ def tail_lines(source: Source, options: DistillOptions) -> list[str]:
     A calibrated teacher is asked at T times the calibration's temperature.
 
     Raises:
-        UsageError: the schedule of the temperature passes one whose tail is too vague.
+        UsageError: a temperature, of the schedule or of a loss, whose tail is too vague.
         CorruptCacheError, IncompleteCacheError: of a row or its shard.
     """
     cache = source.cache
@@ -57,13 +57,12 @@ def tail_lines(source: Source, options: DistillOptions) -> list[str]:
         return []
     divisor = 1.0 if source.calibration is None else source.calibration.calibration.temperature
     losses = [part.loss for part in loss_settings(options).losses if part.loss.name != "standardized_kd"]
-    if any(loss.follows_run for loss in losses):
-        _check_schedule(cache, options, divisor)
-    used = {options.temperature if loss.follows_run else getattr(loss, "temperature", None) for loss in losses}
-    temperatures = sorted(temperature for temperature in used if temperature is not None)
+    own = {own for loss in losses if (own := getattr(loss, "temperature", None)) is not None}
+    begins = own | ({options.temperature} if any(loss.follows_run for loss in losses) else set())
     stored = ", ".join(t if isinstance(t, str) else f"{t:g}" for t in cache.encoding.temperatures)
+    _refuse_vague(cache, [t * divisor for t in begins | _on_the_way(options)], options.tail_tolerance, stored)
     lines = []
-    for facts in (tail_facts(cache, temperature * divisor) for temperature in temperatures):
+    for facts in (tail_facts(cache, temperature * divisor) for temperature in sorted(begins)):
         known = f"known to within ± {facts.error:.2g}, since only {stored} are stored" if facts.error else "exact"
         lines.append(
             f"top-k rows: {100 * facts.mass:.3g} % of the teacher's probability at T = {facts.temperature:g} lies in "
@@ -72,17 +71,22 @@ def tail_lines(source: Source, options: DistillOptions) -> list[str]:
     return lines
 
 
-def _check_schedule(cache: Cache, options: DistillOptions, divisor: float) -> None:
+def _on_the_way(options: DistillOptions) -> set[float]:
+    """Temperatures of the schedule, where a loss follows it."""
     course = courses(options)[1]
-    if course.end is None:
-        return
-    tolerance = DEFAULT_TAIL_TOLERANCE if options.tail_tolerance is None else options.tail_tolerance
-    on_the_way = (course.at(step, _STEPS, start=options.temperature) for step in range(_STEPS))
-    worst = max((tail_facts(cache, temperature * divisor) for temperature in on_the_way), key=lambda facts: facts.error)
-    if worst.error > tolerance:
+    if course.end is None or not any(part.loss.follows_run for part in loss_settings(options).losses):
+        return set()
+    return {course.at(step, _STEPS, start=options.temperature) for step in range(_STEPS)}
+
+
+def _refuse_vague(cache: Cache, temperatures: list[float], tolerance: float | None, stored: str) -> None:
+    """Before the first step, rather than in the middle of a schedule."""
+    limit = DEFAULT_TAIL_TOLERANCE if tolerance is None else tolerance
+    worst = max((tail_facts(cache, t) for t in temperatures), key=lambda facts: facts.error, default=None)
+    if worst is not None and worst.error > limit:
         raise UsageError(
-            f"--temperature-schedule passes T = {worst.temperature:.3g}, where the mass of the classes that "
-            f"{cache.path.name} does not keep is open by +-{worst.error:.3g}; the tolerance is {tolerance:g}. End the "
-            "schedule elsewhere, allow more with --tail-tolerance, or make the cache again with --temperatures closer "
-            "to each other"
+            f"temperature {worst.temperature:.3g} was not stored (stored: {stored}), and the mass of the classes that "
+            f"{cache.path.name} does not keep is open by +-{worst.error:.3g} there; the tolerance is {limit:g}. Use "
+            "stored temperatures (--temperature, the end of --temperature-schedule), allow more with --tail-tolerance, "
+            "or make the cache again with --temperatures that have this one"
         )
