@@ -72,4 +72,7 @@ def command(
         "bytes_per_row": {"payload": made.schema.payload_row_bytes, "before": before.schema.payload_row_bytes},
         "root": root,
     }
+    if made.schema.payload_row_bytes >= before.schema.payload_row_bytes:
+        few = " (integer and top-k rows are, of few classes)"
+        result["note"] = f"the rows are no smaller than they were{few}"
     emit(result, as_json=as_json)

@@ -59,6 +59,18 @@ def check_losses(options: DistillOptions) -> None:
             "--hard-targets is cross-entropy on the teacher's argmax alone: leave out --loss, --ce-weight, --kd-weight "
             "and schedules"
         )
+    if not options.hard_targets and not any(part.loss.follows_run for part in settings.losses):
+        idle = [
+            flag
+            for flag, is_given in (
+                ("--temperature-schedule", temperature.end is not None),
+                ("--student-temperature", options.student_temperature is not None),
+            )
+            if is_given
+        ]
+        if idle:
+            names = ", ".join(part.loss.name for part in settings.losses)
+            raise UsageError(f"{idle[0]} has no effect on {names}, which have temperatures of their own or none")
     of_batch = [part.loss.name for part in settings.losses if part.loss.is_of_batch]
     if of_batch and options.grad_accumulation > 1:
         raise UsageError(

@@ -28,6 +28,7 @@ def reverse_kl_loss(
     student_temperature: float | None = None,
     sample_weight: Tensor | None = None,
     class_mask: Tensor | None = None,
+    tail_tolerance: float | None = None,
     reduction: Reduction = "mean",
 ) -> torch.Tensor:
     """temperature**2 * KL(student || teacher).
@@ -39,6 +40,7 @@ def reverse_kl_loss(
         student_temperature: divides the student's logits where it is to differ; the factor is then its square.
         sample_weight: (N,) or (N, ...) weights, not negative; all 1 by default.
         class_mask: (C,) bool, True for classes that take part; the others are -inf on both sides.
+        tail_tolerance: of `topk` rows, see `kdcache.train.distributions.pair`.
         reduction: "mean" divides by the weights of the rows that count, "sum" does not divide, "none" gives the
             terms per row.
 
@@ -59,6 +61,7 @@ def reverse_kl_loss(
         temperature=temperature,
         student_temperature=student_temperature,
         class_mask=class_mask,
+        tail_tolerance=tail_tolerance,
     )
     return reduce_rows(rows, sample_weight=sample_weight, reduction=reduction)
 
@@ -72,6 +75,7 @@ def js_loss(
     student_temperature: float | None = None,
     sample_weight: Tensor | None = None,
     class_mask: Tensor | None = None,
+    tail_tolerance: float | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
     """temperature**2 * (beta KL(p || m) + (1 - beta) KL(q || m)), m = beta p + (1 - beta) q, p the teacher's.
@@ -86,6 +90,7 @@ def js_loss(
         student_temperature: of the student, where it differs.
         sample_weight: (N,) or (N, ...).
         class_mask: (C,) bool, True for classes that take part.
+        tail_tolerance: of `topk` rows, see `kdcache.train.distributions.pair`.
         reduction: mean, sum or none.
 
     >>> js_loss(torch.zeros(2, 3), torch.zeros(2, 3), temperature=2.0)
@@ -98,6 +103,7 @@ def js_loss(
         temperature=temperature,
         student_temperature=student_temperature,
         class_mask=class_mask,
+        tail_tolerance=tail_tolerance,
         beta=beta,
     )
     return reduce_rows(rows, sample_weight=sample_weight, reduction=reduction)
@@ -111,6 +117,7 @@ def soft_ce_loss(
     student_temperature: float | None = None,
     sample_weight: Tensor | None = None,
     class_mask: Tensor | None = None,
+    tail_tolerance: float | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
     """temperature**2 * -sum p log q: the KL term plus the teacher's entropy, with the gradient of KL.
@@ -127,6 +134,7 @@ def soft_ce_loss(
         temperature=temperature,
         student_temperature=student_temperature,
         class_mask=class_mask,
+        tail_tolerance=tail_tolerance,
     )
     return reduce_rows(rows, sample_weight=sample_weight, reduction=reduction)
 

@@ -127,6 +127,8 @@ def test_losses_are_repeated_options_that_a_file_may_list(run, teacher: Path, tm
         (("--loss", "dist", "--grad-accumulation", "2"), "--grad-accumulation 2 cuts into pieces"),
         (("--kd-weight", "1"), "--ce-weight and --kd-weight go together"),
         (("--alpha-schedule", "step:1"), "--alpha-schedule 'step:1'"),
+        (("--loss", "mse", "--temperature-schedule", "linear:1"), "--temperature-schedule has no effect on mse"),
+        (("--loss", "standardized_kd", "--student-temperature", "2"), "no effect on standardized_kd"),
     ],
 )
 def test_losses_that_cannot_be_meant_are_usage_errors(

@@ -333,3 +333,17 @@ def test_a_gpu_gives_the_loss_of_the_cpu(name: str) -> None:
         found.append((loss.item(), student.grad.cpu()))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
     assert torch.allclose(found[0][1], found[1][1], rtol=1e-4, atol=1e-6)
+
+
+def test_the_tail_tolerance_that_a_message_advises_is_taken() -> None:
+    from topk_rows import rows_of
+
+    from kdcache.train.losses import js_loss, reverse_kl_loss, soft_ce_loss
+
+    rng = np.random.default_rng(0)
+    rows = rows_of(rng.normal(size=(4, 40)).astype(np.float32) * 3, k=3, temperatures=(1.0,))
+    student = torch.zeros(4, 40)
+    for loss in (reverse_kl_loss, js_loss, soft_ce_loss):
+        with pytest.raises(UsageError, match="tail_tolerance"):
+            loss(student, rows, temperature=3.0)
+        assert torch.isfinite(loss(student, rows, temperature=3.0, tail_tolerance=1.0))
