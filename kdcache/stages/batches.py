@@ -12,10 +12,10 @@ from torch import Tensor
 from kdcache.errors import DataError
 from kdcache.stages.calling import move_to_device
 from kdcache.store.rows import TeacherRows
-from kdcache.train.calibrated import Calibration
 from kdcache.train.items import NOT_INPUTS, TEACHER_KEY, first_input, label_of
 from kdcache.train.losses import Labels
 from kdcache.train.mixed_labels import MixedLabels
+from kdcache.train.teaching import Teaching
 from kdcache.train.with_ids import SampleIds
 
 
@@ -33,11 +33,11 @@ class Batch:
     labels: Labels | None
     teacher: TeacherRows | None
 
-    def calibrated(self, calibration: Calibration | None) -> Batch:
-        """The batch with the teacher's logits calibrated: before losses, policies and metrics see them."""
-        if calibration is None or self.teacher is None:
+    def taught(self, teaching: Teaching | None, *, step: int) -> Batch:
+        """The batch with the teacher rows that losses, policies and metrics are given."""
+        if teaching is None or self.teacher is None:
             return self
-        return replace(self, teacher=calibration.rows(self.teacher))
+        return replace(self, teacher=teaching.rows(self.teacher, self.labels, step=step))
 
     def to(self, device: torch.device, *, num_classes: int) -> Batch:
         """The batch on a device; from pinned memory the copy does not wait.

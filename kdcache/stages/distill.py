@@ -143,17 +143,20 @@ def distill(
             raise UsageError("--val-cache without --val: give the data that it was dumped from, or leave it out")
         check_signal(source, held_out, options)
         check_policies(row_policies(options), source)
-        source = with_calibration(source, held_out, options)
+        source, held_out = with_calibration(source, held_out, options)
         tail = tail_lines(source, options) if needs_teacher(options) else []
         net, width = open_student(student, source, options, ranks.device)
         check_held_out(held_out, width)
         ranks.copy_from_first([*net.parameters(), *net.buffers()])
         checkpoint.seed_generators((options.seed + RANK_SEED_STEP * ranks.rank) % 2**63)
-        trainer = _build_trainer(net, width, source, options, ranks)
+        trainer = _build_trainer(net, width, (source, held_out), options, ranks)
         return _run(RunJob(options, trainer, source, held_out, tuple(tail)), stop)
 
 
-def _build_trainer(net: nn.Module, width: int, train: Source, options: DistillOptions, ranks: Team) -> Trainer:
+def _build_trainer(
+    net: nn.Module, width: int, sources: tuple[Source, Source | None], options: DistillOptions, ranks: Team
+) -> Trainer:
+    train, held_out = sources
     order = Order(
         train.positions,
         options.batch_size,
@@ -187,7 +190,8 @@ def _build_trainer(net: nn.Module, width: int, train: Source, options: DistillOp
         clip_norm=options.clip_norm,
         has_teacher=train.cache is not None,
         policies=row_policies(options),
-        calibration=None if train.calibration is None else train.calibration.calibration,
+        teaching=train.teaching,
+        held_out_teaching=None if held_out is None else held_out.teaching,
     )
 
 

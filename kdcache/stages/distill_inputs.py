@@ -35,6 +35,7 @@ from kdcache.train.calibrated import check_serves
 from kdcache.train.checks import Check
 from kdcache.train.ids import length, resolve
 from kdcache.train.reading import Missing
+from kdcache.train.teaching import OneTeacher, Teaching
 from kdcache.train.with_ids import IdentifiedDataset
 
 
@@ -65,6 +66,11 @@ class Source:
     items: IdentifiedDataset | None = None
     views: dict[str, Any] | None = None
     calibration: StoredCalibration | None = None
+
+    @property
+    def teaching(self) -> Teaching | None:
+        """What is done to the rows of its cache before a loss sees them."""
+        return None if self.calibration is None else OneTeacher(self.calibration.calibration)
 
     @property
     def loaded(self) -> Any:
@@ -149,8 +155,8 @@ def _with_views(source: Source, sample_ids: np.ndarray | None, settings: ViewSet
     return replace(source, sample_ids=sample_ids, items=items, views=describe_views(items, settings))
 
 
-def with_calibration(source: Source, held_out: Source | None, options: DistillOptions) -> Source:
-    """The source with the calibration that the options name; rows of the validation cache get it too.
+def with_calibration(source: Source, held_out: Source | None, options: DistillOptions) -> tuple[Source, Source | None]:
+    """Both sources with the calibration that the options name: the validation cache is of the same teacher.
 
     Raises:
         UsageError: there is no cache, or rows that cannot serve it.
@@ -158,13 +164,14 @@ def with_calibration(source: Source, held_out: Source | None, options: DistillOp
         CorruptCacheError: not what `kdcache calibrate` wrote.
     """
     if options.calibration is None:
-        return source
+        return source, held_out
     if source.cache is None:
         raise UsageError("--calibration divides the teacher's logits; give --cache, or leave it out")
     found = load_calibration(options.calibration, source.cache)
     if held_out is not None and held_out.cache is not None:
         check_serves(found.calibration, held_out.cache.encoding)
-    return replace(source, calibration=found)
+        held_out = replace(held_out, calibration=found)
+    return replace(source, calibration=found), held_out
 
 
 def build_loader(source: Source, batch_sampler: Any, options: DistillOptions, generator: torch.Generator) -> Any:

@@ -48,7 +48,7 @@ def evaluate(trainer: Trainer, batches: Iterable[Any], objective: Objective, *, 
     with torch.no_grad():
         for collated in batches:
             batch = take_apart(collated, has_teacher=has_teacher).to(team.device, num_classes=trainer.num_classes)
-            batch = batch.calibrated(trainer.calibration)
+            batch = batch.taught(trainer.held_out_teaching, step=0)
             with autocast(trainer.amp, team.device):
                 logits = call_model(student, batch.inputs, what="student")
             counts += torch.stack(_counts(logits.float(), batch, objective)).to(counts.dtype)

@@ -23,9 +23,9 @@ from kdcache.stages.objective import Objective
 from kdcache.stages.optim import Schedule, set_lr
 from kdcache.stages.order import Order
 from kdcache.stages.parallel import Team
-from kdcache.train.calibrated import Calibration
 from kdcache.train.policy_names import RowPolicies
 from kdcache.train.row_policies import apply_policies
+from kdcache.train.teaching import Teaching
 
 # The least that the weights of a step are divided by: a step of less, all of it contradicted, is a small one.
 LEAST_WEIGHT = 1e-6
@@ -49,7 +49,8 @@ class Trainer:
         clip_norm: largest L2 norm of a step's gradient, None = any.
         has_teacher: whether batches end in teacher rows.
         policies: what becomes of rows that the teacher contradicts or is not sure of, None = nothing.
-        calibration: of the teacher's logits, None = as they are.
+        teaching: what is done to the teacher's rows first, None = nothing.
+        held_out_teaching: likewise, for rows of the validation cache.
     """
 
     student: nn.Module
@@ -65,7 +66,8 @@ class Trainer:
     clip_norm: float | None
     has_teacher: bool
     policies: RowPolicies | None = None
-    calibration: Calibration | None = None
+    teaching: Teaching | None = None
+    held_out_teaching: Teaching | None = None
 
 
 @dataclass
@@ -108,7 +110,7 @@ def take_step(trainer: Trainer, batches: Iterator[Any], step: int, *, with_parts
     sums, parts = torch.zeros(2 if trainer.policies is None else 4, device=device), torch.zeros(4, device=device)
     for _ in order.pieces(step):
         batch = take_apart(next(batches), has_teacher=trainer.has_teacher).to(device, num_classes=trainer.num_classes)
-        batch = batch.calibrated(trainer.calibration)
+        batch = batch.taught(trainer.teaching, step=step)
         with autocast(trainer.amp, device):
             logits = call_model(trainer.student, batch.inputs, what="student")
         learnt, weight, counts = _with_policies(trainer.policies, batch)
