@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import final
 
 import torch
@@ -31,6 +31,7 @@ class DistillationLoss(nn.Module):
         label_smoothing: of the CE term, in [0, 1).
         losses: what alpha weighs, by record or by text; the KL by default.
         class_mask: (C,) bool, True for classes that take part; not part of the state dict.
+        teacher_classes: (M,) ascending, the classes that the teacher knows (`ClassMap.known`), as in `kd_loss`.
         tail_tolerance: of `topk` rows, as in `kd_loss`.
 
     Raises:
@@ -52,6 +53,7 @@ class DistillationLoss(nn.Module):
         label_smoothing: float = 0.0,
         losses: Iterable[WeightedLoss | Loss | str] | Loss | WeightedLoss | str = "kl",
         class_mask: torch.Tensor | None = None,
+        teacher_classes: Sequence[int] | None = None,
         tail_tolerance: float | None = None,
     ) -> None:
         super().__init__()
@@ -63,6 +65,7 @@ class DistillationLoss(nn.Module):
             as_losses(losses),
             tail_tolerance=tail_tolerance,
         )
+        self.teacher_classes = None if teacher_classes is None else tuple(teacher_classes)
         self.class_mask: torch.Tensor | None
         self.register_buffer("class_mask", class_mask, persistent=False)
 
@@ -87,7 +90,13 @@ class DistillationLoss(nn.Module):
             sample_weight: (N,) or (N, ...).
         """
         terms, total = loss_terms(
-            student_logits, teacher, labels, self.settings, sample_weight=sample_weight, class_mask=self.class_mask
+            student_logits,
+            teacher,
+            labels,
+            self.settings,
+            sample_weight=sample_weight,
+            class_mask=self.class_mask,
+            teacher_classes=self.teacher_classes,
         )
         return safe_mean(terms.sum(), total)
 
@@ -100,7 +109,13 @@ class DistillationLoss(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Numerator and denominator of that mean, for a global batch; see `kdcache.losses.loss_sums`."""
         return sum_terms(
-            student_logits, teacher, labels, self.settings, sample_weight=sample_weight, class_mask=self.class_mask
+            student_logits,
+            teacher,
+            labels,
+            self.settings,
+            sample_weight=sample_weight,
+            class_mask=self.class_mask,
+            teacher_classes=self.teacher_classes,
         )
 
     def extra_repr(self) -> str:

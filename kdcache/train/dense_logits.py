@@ -55,8 +55,13 @@ def as_float(student_logits: Tensor) -> Tensor:
     """The logits in float32 whatever the autocast; float64 stays.
 
     Raises:
-        UsageError: not floats of shape (N, C, ...) with two classes or more.
+        UsageError: not a tensor of floats (N, C, ...) with two classes or more.
     """
+    if not isinstance(student_logits, Tensor):
+        raise UsageError(
+            f"the student's logits are {type(student_logits).__name__}, expected a tensor (N, C) or (N, C, ...): they "
+            "come first, the teacher second"
+        )
     if student_logits.ndim < 2 or not student_logits.is_floating_point():
         raise UsageError(
             f"student logits must be floats of shape (N, C) or (N, C, ...), found {student_logits.dtype} "

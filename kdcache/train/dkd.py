@@ -5,9 +5,6 @@ KL = TCKD + (1 - p_target) NCKD, so that a sure teacher says little about the ot
 
 from __future__ import annotations
 
-import math
-
-import torch
 from torch import Tensor
 
 from kdcache.errors import UsageError
@@ -15,7 +12,7 @@ from kdcache.train.cross_entropy import check_kept, check_labels
 from kdcache.train.dense_logits import dense_logits
 from kdcache.train.distributions import is_topk, log_softmax, pair
 from kdcache.train.divergence_losses import kl_of
-from kdcache.train.log_pair import Pair
+from kdcache.train.log_pair import Pair, against_others
 from kdcache.train.loss_numbers import check_part_weight, check_temperature
 from kdcache.train.mixed_labels import MixedLabels
 from kdcache.train.reductions import Reduction, RowTerms, reduce_rows
@@ -66,6 +63,7 @@ def dkd_loss(
 
     Source: Zhao et al., Decoupled Knowledge Distillation, CVPR 2022 (arXiv:2203.08679), equations 3 to 7.
 
+    >>> import torch
     >>> dkd_loss(torch.zeros(1, 3), torch.zeros(1, 3), torch.tensor([1]), temperature=4.0)
     tensor(0.)
     """
@@ -111,10 +109,10 @@ def dkd_rows(
             class_mask=class_mask,
             tail_tolerance=tail_tolerance,
         )
-        against_others = target_pair(outcomes, teacher.tensors(), labels)
+        target = target_pair(outcomes, teacher.tensors(), labels)
         factor = (temperature if student_temperature is None else student_temperature) ** 2
-        target_part = kl_of(against_others, temperature=temperature, student_temperature=factor**0.5)
-        return RowTerms(factor * alpha * target_part, against_others.has_teacher)
+        target_part = kl_of(target, temperature=temperature, student_temperature=factor**0.5)
+        return RowTerms(factor * alpha * target_part, target.has_teacher)
     both = dense_logits(student_logits, teacher, loss="dkd", class_mask=class_mask)
     targets = check_labels(both.student, labels)
     assert isinstance(targets, Tensor)
@@ -123,7 +121,7 @@ def dkd_rows(
     divisor = temperature if student_temperature is None else student_temperature
     at_target = targets.clamp_min(0).unsqueeze(1)
     teachers, students = (
-        _split(log_softmax(logits, t), at_target)
+        against_others(log_softmax(logits, t), at_target)
         for logits, t in ((both.teacher, temperature), (both.student, divisor))
     )
     target_part, other_part = (
@@ -134,16 +132,3 @@ def dkd_rows(
     if both.has_teacher is not None:
         counts = counts & per_position(both.has_teacher, counts)
     return RowTerms(divisor**2 * (alpha * target_part + beta * other_part), counts)
-
-
-def _split(log_probs: Tensor, at_target: Tensor) -> tuple[Tensor, Tensor]:
-    """log (target, all others) (N, 2, ...), and the log-probabilities of the others among themselves (N, C, ...).
-
-    The others are summed as such: 1 minus the target would lose all digits of a sure teacher.
-    """
-    target = log_probs.gather(1, at_target)
-    others = log_probs.scatter(1, at_target, -math.inf)
-    none_left = (others == -math.inf).all(dim=1, keepdim=True)
-    rest = others.masked_fill(none_left, 0.0).logsumexp(dim=1, keepdim=True)
-    among = others - rest
-    return torch.cat([target, rest.masked_fill(none_left, -math.inf)], dim=1), among

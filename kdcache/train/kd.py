@@ -16,6 +16,8 @@ Source: Hinton, Vinyals, Dean, Distilling the Knowledge in a Neural Network, 201
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from kdcache.train.cross_entropy import Labels
@@ -36,6 +38,7 @@ def kd_loss(
     student_temperature: float | None = None,
     label_smoothing: float = 0.0,
     class_mask: torch.Tensor | None = None,
+    teacher_classes: Sequence[int] | None = None,
     tail_tolerance: float | None = None,
     reduction: Reduction = "mean",
 ) -> torch.Tensor:
@@ -52,6 +55,8 @@ def kd_loss(
         student_temperature: divides the student's logits where it is to differ; the factor is then its square.
         label_smoothing: of the CE term, in [0, 1).
         class_mask: (C,) bool, True for classes that take part; the others are -inf on both sides.
+        teacher_classes: (M,) ascending, the classes that the teacher knows (`ClassMap.known`): the KD term is over the
+            softmax of these on both sides, the CE term over all; None for all.
         tail_tolerance: of `topk` rows at a temperature that was not stored: the mean error of the tail's mass that is
             taken; None for 0.01.
         reduction: "mean" divides by the weights of the rows that count, "sum" does not divide, "none" gives
@@ -72,7 +77,13 @@ def kd_loss(
     check_reduction(reduction)
     settings = LossSettings(alpha, temperature, student_temperature, label_smoothing, tail_tolerance=tail_tolerance)
     terms, total = loss_terms(
-        student_logits, teacher_logits, labels, settings, sample_weight=sample_weight, class_mask=class_mask
+        student_logits,
+        teacher_logits,
+        labels,
+        settings,
+        sample_weight=sample_weight,
+        class_mask=class_mask,
+        teacher_classes=teacher_classes,
     )
     if reduction == "none":
         return terms
@@ -90,6 +101,7 @@ def loss_sums(
     student_temperature: float | None = None,
     label_smoothing: float = 0.0,
     class_mask: torch.Tensor | None = None,
+    teacher_classes: Sequence[int] | None = None,
     tail_tolerance: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Numerator and denominator of `kd_loss`, for a mean over more than this batch (ranks, accumulation steps).
@@ -102,7 +114,13 @@ def loss_sums(
     """
     settings = LossSettings(alpha, temperature, student_temperature, label_smoothing, tail_tolerance=tail_tolerance)
     return sum_terms(
-        student_logits, teacher_logits, labels, settings, sample_weight=sample_weight, class_mask=class_mask
+        student_logits,
+        teacher_logits,
+        labels,
+        settings,
+        sample_weight=sample_weight,
+        class_mask=class_mask,
+        teacher_classes=teacher_classes,
     )
 
 

@@ -8,6 +8,7 @@ added up from its parts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from kdcache.errors import UsageError
 from kdcache.store.rows import TeacherRows
+from kdcache.train.class_part import class_index, labels_over, over_classes
 from kdcache.train.cross_entropy import Labels, check_kept, check_labels, cross_entropy, with_partners
 from kdcache.train.dense_logits import as_float, mask_classes
 from kdcache.train.distributions import is_topk, log_softmax, refuse_mask
@@ -22,8 +24,9 @@ from kdcache.train.divergence_losses import soft_target_kl
 from kdcache.train.fused import SMALLEST, applies, fused_terms
 from kdcache.train.loss_records import LossCall
 from kdcache.train.loss_settings import LossSettings, SingleKl
+from kdcache.train.mean_targets import is_mean
 from kdcache.train.mixed_labels import MixedLabels
-from kdcache.train.row_weights import RowWeights, per_position, row_weights
+from kdcache.train.row_weights import RowWeights, per_position, row_weights, weighted
 from kdcache.train.soft_targets import Teacher, TeacherSignal, check_same_shape, teacher_signal
 from kdcache.train.sparse_fused import sparse_terms
 from kdcache.train.tail import DEFAULT_TAIL_TOLERANCE
@@ -37,6 +40,7 @@ def loss_terms(
     *,
     sample_weight: Tensor | None = None,
     class_mask: Tensor | None = None,
+    teacher_classes: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor | float]:
     """The weighted terms w_i [...] of every row (N, ...), and the sum of the w_i that count.
 
@@ -50,7 +54,7 @@ def loss_terms(
             check_kept(labels, class_mask)
     known = labels.known if isinstance(labels, MixedLabels) else labels
     dense = None
-    if teacher is not None and not is_topk(teacher):
+    if teacher is not None and not is_topk(teacher) and not is_mean(teacher):
         dense = teacher_signal(teacher, dtype=student.dtype)
         check_same_shape(student, dense.logits)
         dense = replace(dense, logits=mask_classes(dense.logits, class_mask))
@@ -66,7 +70,7 @@ def loss_terms(
         like=student,
     )
     call = _Call(student, teacher, dense, labels, settings, weights, sample_weight, class_mask)
-    terms = _weighted_sum(call)
+    terms = _weighted_sum(call, call if teacher_classes is None else _over_classes(call, teacher_classes))
     return terms if settings.scale == 1 else terms * settings.scale, weights.total
 
 
@@ -78,10 +82,17 @@ def sum_terms(
     *,
     sample_weight: Tensor | None = None,
     class_mask: Tensor | None = None,
+    teacher_classes: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`loss_sums` for settings that are checked already."""
     terms, total = loss_terms(
-        student_logits, teacher, labels, settings, sample_weight=sample_weight, class_mask=class_mask
+        student_logits,
+        teacher,
+        labels,
+        settings,
+        sample_weight=sample_weight,
+        class_mask=class_mask,
+        teacher_classes=teacher_classes,
     )
     return terms.sum(), torch.as_tensor(total, dtype=terms.dtype, device=terms.device)
 
@@ -113,18 +124,29 @@ def _taught(teacher: Teacher | None, known: Tensor | None, settings: LossSetting
     return labelled if isinstance(has_teacher, bool) else labelled & per_position(has_teacher, labelled)
 
 
-def _weighted_sum(call: _Call) -> Tensor:
+def _over_classes(call: _Call, classes: Sequence[int]) -> _Call:
+    """The call that the losses against the teacher see: both sides over some classes."""
+    count, device = call.student.shape[1], call.student.device
+    student, teacher = over_classes(call.student, call.teacher, classes)
+    index = class_index(classes, count, device)
+    dense = None if call.dense is None else replace(call.dense, logits=call.dense.logits.index_select(1, index))
+    labels = None if call.labels is None else labels_over(call.labels, classes, count)
+    mask = None if call.class_mask is None else call.class_mask.to(device)[index]
+    return replace(call, student=student, teacher=teacher, dense=dense, labels=labels, class_mask=mask)
+
+
+def _weighted_sum(call: _Call, soft_call: _Call) -> Tensor:
     """Both terms times their weights, (N, ...); a term that weighs nothing for any row is not computed."""
     weights, single = call.weights, call.settings.single_kl
     needs_ce = call.labels is not None and not _is_zero(weights.ce)
     needs_soft = call.teacher is not None and not _is_zero(weights.kl)
-    if needs_ce and needs_soft and single is not None and _is_fusible(call):
+    if needs_ce and needs_soft and single is not None and soft_call is call and _is_fusible(call):
         return _fused_sum(call, single)
     terms = None
     if needs_ce:
-        terms = _weighted(_hard_values(call), weights.ce)
+        terms = weighted(_hard_values(call), weights.ce)
     if needs_soft:
-        soft = _weighted(_soft_values(call), weights.kl)
+        soft = weighted(_soft_values(soft_call), weights.kl)
         terms = soft if terms is None else terms + soft
     return call.student.sum(dim=1) * 0 if terms is None else terms
 
@@ -160,7 +182,7 @@ def _fused_sum(call: _Call, single: SingleKl) -> Tensor:
 def _is_fusible(call: _Call) -> bool:
     if call.settings.label_smoothing or not applies(call.student, call.labels):
         return False
-    return call.dense is None or call.student.numel() >= SMALLEST
+    return is_topk(call.teacher) if call.dense is None else call.student.numel() >= SMALLEST
 
 
 def _hard_values(call: _Call) -> Tensor:
@@ -206,13 +228,6 @@ def _soft_values(call: _Call) -> Tensor:
         total = values if total is None else total + values
     assert total is not None  # `LossSettings` refuses an empty sum
     return total
-
-
-def _weighted(term: Tensor, weight: Tensor | float) -> Tensor:
-    """term * weight, 0 where the weight is 0: a masked class can make the term infinite, and 0 * inf is NaN."""
-    if isinstance(weight, Tensor):
-        term = torch.where(weight != 0, term, 0.0)
-    return term * weight
 
 
 def _check_call(teacher: Teacher | None, labels: Labels | None, alpha: float) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import final
 
+import torch
 from torch import Tensor
 
 
@@ -27,3 +29,24 @@ class Pair:
     has_teacher: Tensor | None
     is_bucketed: bool = False
     bound: Tensor | None = None
+
+
+def against_others(log_probs: Tensor, event: Tensor) -> tuple[Tensor, Tensor]:
+    """One event of each row against all others together, and the others among themselves.
+
+    The others are summed as such: 1 minus the one would lose all digits of a sure teacher.
+
+    Args:
+        log_probs: (N, M, ...).
+        event: (N, 1, ...) int64.
+
+    Returns:
+        log-probabilities of (the event, all others) (N, 2, ...), and of the others, normalised, (N, M, ...) with -inf
+        for the event.
+    """
+    others = log_probs.scatter(1, event, -math.inf)
+    none_left = (others == -math.inf).all(dim=1, keepdim=True)
+    # The gradient of a logsumexp over nothing would be NaN.
+    rest = others.masked_fill(none_left, 0.0).logsumexp(dim=1, keepdim=True)
+    two = torch.cat([log_probs.gather(1, event), rest.masked_fill(none_left, -math.inf)], dim=1)
+    return two, others - rest

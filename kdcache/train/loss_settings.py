@@ -73,6 +73,11 @@ class LossSettings:
         return self.student_divisor**2
 
     @property
+    def follows_run(self) -> bool:
+        """Whether the temperature is in any of the losses."""
+        return any(part.loss.follows_run for part in self.losses)
+
+    @property
     def single_kl(self) -> SingleKl | None:
         """The weight and the temperatures of the KL, where nothing else is in the sum."""
         if len(self.losses) != 1 or not isinstance(self.losses[0].loss, Kl):
@@ -97,6 +102,6 @@ class LossSettings:
         soft = parts[0] if len(parts) == 1 else "(" + " + ".join(parts) + ")"
         terms = f"{1 - self.alpha:g}*CE{smoothing} + {self.alpha:g}*{soft}"
         whole = terms if self.scale == 1 else f"{self.scale:g}*[{terms}]"
-        if not any(part.loss.follows_run for part in self.losses):
+        if not self.follows_run:
             return whole
         return f"{whole} at temperature {self.temperature:g}{student}"

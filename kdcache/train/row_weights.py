@@ -63,6 +63,13 @@ def row_weights(
     return RowWeights(ce=ce, kl=kl, total=(weight * (taught | labelled)).sum())
 
 
+def weighted(term: torch.Tensor, weight: torch.Tensor | float) -> torch.Tensor:
+    """term * weight, 0 where the weight is 0: a masked class can make the term infinite, and 0 * inf is NaN."""
+    if isinstance(weight, torch.Tensor):
+        term = torch.where(weight != 0, term, 0.0)
+    return term * weight
+
+
 def per_position(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """(N,) values as (N, 1, ...), to be broadcast over the positions of `like` (N, ...)."""
     return values.reshape(-1, *[1] * (like.ndim - 1))

@@ -24,8 +24,9 @@ from kdcache.train.divergence_losses import kl_of
 from kdcache.train.fused import BLOCK
 from kdcache.train.kept import kept
 from kdcache.train.log_pair import Pair
-from kdcache.train.loss_numbers import SERIES_FROM
-from kdcache.train.sparse import LOG2_E, check_student, empty_slots, plain_log_probs, teacher_log_probs
+from kdcache.train.loss_numbers import LOG2_E, SERIES_FROM
+from kdcache.train.row_weights import weighted
+from kdcache.train.sparse import check_student, empty_slots, plain_log_probs, teacher_log_probs
 from kdcache.train.tail import DEFAULT_TAIL_TOLERANCE
 
 
@@ -108,7 +109,7 @@ class _SparseTerms(torch.autograd.Function):
         inputs = (v, log_p, classes, is_empty, at_label, ce_weight, kl_weight)
         ctx.save_for_backward(*inputs, rest.q, rest.s, of_q, of_s, hard.add_(soft)[:, :-1])
         ctx.temperatures = temperatures
-        return (_weighted(ce, ce_weight) + _weighted(kl, kl_weight)).squeeze(1)
+        return (weighted(ce, ce_weight) + weighted(kl, kl_weight)).squeeze(1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -185,9 +186,7 @@ def _plain_terms(
     both = Pair(log_p, plain_log_probs(v, classes, is_empty, temperatures[1]), None)
     kl = kl_of(both, temperature=temperatures[0], student_temperature=temperatures[1])[:, None]
     ce = -v.log_softmax(1).gather(1, at_label)
-    zero = torch.zeros_like(ce)
-    hard, soft = torch.where(ce_weight != 0, ce, zero), torch.where(kl_weight != 0, kl, zero)
-    return (hard * ce_weight + soft * kl_weight).squeeze(1)
+    return (weighted(ce, ce_weight) + weighted(kl, kl_weight)).squeeze(1)
 
 
 def _softmax(parts: Tensor) -> tuple[Tensor, Tensor]:
@@ -205,11 +204,6 @@ def _kl(p: Tensor, log_p: Tensor, log_q: Tensor, temperatures: tuple[float, floa
             :, None
         ]
     return (log_p - log_q).masked_fill_(p == 0, 0).mul_(p).sum(1, keepdim=True)
-
-
-def _weighted(term: Tensor, weight: Tensor) -> Tensor:
-    """term * weight, 0 where the weight is 0, whatever the term."""
-    return (term * weight).masked_fill(weight == 0, 0)
 
 
 def _column(weight: Tensor | float, like: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ entropy and Brier score are not, for they need every class.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -17,7 +16,7 @@ from torch import Tensor
 from kdcache.errors import MismatchError, UsageError
 from kdcache.store.rows import TeacherRows
 from kdcache.train.kept import Kept, kept, topk_encoding
-from kdcache.train.log_pair import Pair
+from kdcache.train.log_pair import Pair, against_others
 from kdcache.train.tail import Tail, Temperature, tail_logsumexp, temperature_of
 
 
@@ -139,26 +138,17 @@ def target_pair(both: Pair, rows: TeacherRows, labels: Tensor | None = None) -> 
     labels = _labels(rows, labels)
     if both.has_teacher is not None:
         labels = _but_blank(labels, both.has_teacher)
-    slot = label_slot(kept(rows), labels)
+    slot = label_slot(kept(rows), labels).unsqueeze(1)
     has_label = labels >= 0
     if both.has_teacher is not None:
         has_label = has_label & both.has_teacher.reshape(-1, *[1] * (labels.ndim - 1))
     return replace(
         both,
-        log_p=_against_others(both.log_p, slot),
-        log_q=_against_others(both.log_q, slot),
+        log_p=against_others(both.log_p, slot)[0],
+        log_q=against_others(both.log_q, slot)[0],
         has_teacher=has_label,
         is_bucketed=True,
     )
-
-
-def _against_others(log_probs: Tensor, slot: Tensor) -> Tensor:
-    """(N, 2, ...) log-probabilities of a slot, and of all other slots together."""
-    others = log_probs.scatter(1, slot.unsqueeze(1), -math.inf)
-    none_left = (others == -math.inf).all(dim=1)
-    # The gradient of a logsumexp over nothing would be NaN.
-    summed = others.masked_fill(none_left.unsqueeze(1), 0).logsumexp(dim=1).masked_fill(none_left, -math.inf)
-    return torch.stack([_pick(log_probs, slot), summed], dim=1)
 
 
 def _parts(rows: TeacherRows, temperature: Temperature) -> tuple[Tensor, Tail, Kept]:

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from kdcache.store.rows import TeacherRows
+from kdcache.train.capability import require
 from kdcache.train.distributions import is_topk, pair
 from kdcache.train.divergence_losses import divergence_rows, kl_of
 from kdcache.train.kept import kept
+from kdcache.train.mean_targets import is_mean
 from kdcache.train.reductions import Reduction, RowTerms, reduce_rows
 from kdcache.train.soft_targets import Teacher
 
@@ -77,6 +79,8 @@ def spread_kl_rows(
 ) -> RowTerms:
     """The loss of each row (N, ...); arguments are those of `spread_kl_loss`, and a class mask of dense rows."""
     divisor = temperature if student_temperature is None else student_temperature
+    if is_mean(teacher):
+        require("spread_kl", teacher, temperature)
     if not is_topk(teacher):
         return divergence_rows(
             partial(kl_of, temperature=temperature, student_temperature=divisor),
