@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -65,7 +67,7 @@ def command(
     report = kdcache.verify(cache, expect_root=None if expect_root is None else as_root(expect_root))
     result = report.to_json()
     if data is None or not report.ok:
-        emit(result, as_json=as_json)
+        _show(result, as_json=as_json)
         report.raise_on_error()
         return
     from kdcache.stages.augment import load_augment
@@ -75,7 +77,7 @@ def command(
         from kdcache.stages.verify_data import verify_data
 
         compared = verify_data(cache, data, augment=pipeline, sample=sample)
-        emit({**result, "ok": compared.ok, "data": compared.to_json()}, as_json=as_json)
+        _show({**result, "ok": compared.ok, "data": compared.to_json()}, as_json=as_json)
         compared.raise_on_error()
         return
     from kdcache.stages.verify_teacher import verify_teacher
@@ -91,5 +93,15 @@ def command(
         augment=pipeline,
         sample=sample,
     )
-    emit({**result, "ok": found.ok, "teacher": found.to_json()}, as_json=as_json)
+    _show({**result, "ok": found.ok, "teacher": found.to_json()}, as_json=as_json)
     found.raise_on_error()
+
+
+def _show(result: Mapping[str, Any], *, as_json: bool) -> None:
+    """Print what was found; people read the problems once, in the error that follows."""
+    emit(result if as_json else _without_problems(result), as_json=as_json)
+
+
+def _without_problems(result: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in result.items() if key not in ("problem", "problems")}
+    return {key: _without_problems(value) if isinstance(value, Mapping) else value for key, value in kept.items()}

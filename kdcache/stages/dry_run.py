@@ -71,7 +71,7 @@ def measure(job: Job, out: Path) -> DryRun:
                 begun, forwarded, done = begun + elapsed, 0.0, 0
             tick = time.perf_counter()
             logits, inputs = job.forward(fed.inputs)
-            labels = labels_to_keep(fed, plan.schema, job.device)
+            labels = labels_to_keep(job.with_labels(fed), plan.schema, job.device)
             encode(plan.schema.encoding, logits, labels, inputs=inputs).bad.cpu()
             now = time.perf_counter()
             forwarded, elapsed, done = forwarded + now - tick, now - begun, done + stop - start

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kdcache.errors import DataError, LogitsError, StorageError, UsageError
+from kdcache.format.encoding import label_count
 from kdcache.format.identity import ids_sha256
 from kdcache.format.manifest import ClassList
 from kdcache.format.schema import RowSchema
@@ -23,6 +24,7 @@ from kdcache.stages.devices import pick_device
 from kdcache.stages.dump_feed import DumpItems, Fed, collate
 from kdcache.stages.growth import StoredOrder
 from kdcache.stages.last_layer import LastLayer, last_layer
+from kdcache.stages.loaded_data import NO_LABEL
 from kdcache.stages.precompute_options import PrecomputeOptions
 from kdcache.stages.preflight import existing_folder
 from kdcache.stages.teachers import LoadedTeacher
@@ -51,6 +53,17 @@ class Job:
     def forward(self, inputs: Any) -> tuple[Tensor, LayerInputs | None]:
         """Raw logits of a batch on the device, and of a factored dump what went into the teacher's last layer."""
         return run_teacher(self.teacher.module, inputs, self.device, self.options, self.layer)
+
+    def with_labels(self, fed: Fed) -> Fed:
+        """The batch with the labels that are to be stored (`--labels`), -1 in place of others."""
+        if self.options.labels == "all":
+            return fed
+        count = label_count(self.plan.schema.encoding.num_classes) if self.options.labels == "known" else 0
+        label, label_b = (
+            None if labels is None else np.where(labels < count, labels, NO_LABEL)
+            for labels in (fed.labels, fed.label_b)
+        )
+        return replace(fed, labels=label if self.plan.schema.has_labels else None, label_b=label_b)
 
 
 def early_checks(
@@ -127,12 +140,12 @@ def make_job(
     logits, inputs = run_teacher(teacher.module.to(device), probe.inputs, device, options, layer)
     row_shape = check_logits(logits, rows=min(2, len(items)))
     is_mixed = replay is not None and replay.mix is not None
-    labels = 0 if probe.labels is None else 2 if is_mixed else 1
+    has_labels = probe.labels is not None and options.labels != "none"
+    labels = 0 if not has_labels else 2 if is_mixed else 1
     encoding, head = options.encoding.of(row_shape, labels=labels), None
     if layer is not None and inputs is not None:
         encoding, head = layer.encoding_of(logits, inputs)
-    schema = RowSchema(encoding, id_dtype_of(sample_ids), probe.labels is not None, True, is_mixed)
-    names = data.classes if data.classes is not None and len(data.classes) == encoding.num_classes else None
+    schema = RowSchema(encoding, id_dtype_of(sample_ids), has_labels, True, is_mixed)
     provenance = plain_provenance(  # a name that is no text, such as a file's that is not UTF-8, could not be read back
         {
             "teacher": teacher.provenance,
@@ -149,7 +162,7 @@ def make_job(
     )
     plan = Plan(
         schema=schema,
-        classes=ClassList.of(encoding.num_classes, names),
+        classes=ClassList.of(encoding.num_classes, _class_names(data.classes, encoding.num_classes, options.labels)),
         shard_rows=options.shard_rows or default_shard_rows(schema.row_bytes),
         samples=len(sample_ids),
         provenance=provenance,
@@ -158,6 +171,13 @@ def make_job(
         head=None if head is None else head.record,
     )
     return Job(plan, teacher, items, sample_ids, device, options, layer, head)
+
+
+def _class_names(names: tuple[str, ...] | None, count: int, labels: str) -> tuple[str, ...] | None:
+    """The data's names of the teacher's classes; none where they may be others, or in another order."""
+    if names is None or labels == "none" or len(names) < count:
+        return None
+    return names[:count] if labels == "known" or len(names) == count else None
 
 
 def id_dtype_of(sample_ids: np.ndarray) -> str:

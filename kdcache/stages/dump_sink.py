@@ -149,12 +149,12 @@ class ShardSink:
                 "label, -1 where there is none"
             )
         if schema.has_labels:
-            labels = check_labels(fed.labels, ids, schema.encoding.num_classes)
+            labels = checked(fed.labels, ids, schema.encoding.num_classes)
             rows["label"] = np.full(len(ids), -1, np.int64) if labels is None else labels
         if schema.has_digests:
             rows["input_digest"] = fed.digests
         if fed.label_b is not None and fed.mix_ratio is not None:
-            partners = check_labels(fed.label_b, ids, schema.encoding.num_classes)
+            partners = checked(fed.label_b, ids, schema.encoding.num_classes)
             rows["label_b"] = np.full(len(ids), -1, np.int64) if partners is None else partners
             rows["mix_ratio"] = fed.mix_ratio
         positions = np.arange(batch.start, batch.stop)
@@ -178,6 +178,21 @@ class ShardSink:
         if self._container is not None:
             self._container.abandon()
             self._container = None
+
+
+def checked(labels: np.ndarray | None, ids: np.ndarray, classes: int) -> np.ndarray | None:
+    """Labels of the teacher's classes.
+
+    Raises:
+        DataError: one is no class of the teacher.
+    """
+    try:
+        return check_labels(labels, ids, classes)
+    except DataError as error:
+        raise DataError(
+            f"{error}. Where the data has more classes than the teacher, --labels known leaves the others' labels out "
+            "(the teacher's are the first of the data), --labels none all of them (they are numbered otherwise)"
+        ) from None
 
 
 def to_host(encoded: EncodedTensors) -> tuple[EncodedTensors, Any]:

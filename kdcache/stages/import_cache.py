@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from kdcache.errors import DataError, InterruptedRunError, KDCacheError, MismatchError, StorageError, UsageError
+from kdcache.format.identity import show_id
 from kdcache.format.schema import RowSchema
 from kdcache.stages.import_arrays import (
     as_logits,
@@ -52,6 +53,7 @@ class ImportResult:
         source: name of the foreign file, without its folder.
         format: of the foreign file: HDF5, npz, npy or safetensors.
         sha256: of the foreign file.
+        clamped: values below the range of the stored type, clamped to it.
         notes: what should be known about the import.
     """
 
@@ -63,6 +65,7 @@ class ImportResult:
     source: str
     format: str
     sha256: str
+    clamped: int
     notes: tuple[str, ...]
 
 
@@ -108,7 +111,10 @@ def import_cache(foreign: str | Path, *, options: ImportOptions | None = None, *
                 f"{file.listing(limits)}"
             )
         if options.out is None:
-            raise UsageError("--out is needed: a folder for the cache, or a name ending in .h5 for one file")
+            raise UsageError(
+                f"--out is needed: a folder for the cache, or a name ending in .h5 for one file. {file.name} holds\n"
+                f"{file.listing(limits)}"
+            )
         _refuse_taken(options.out, path, overwrite=options.overwrite)
         names = None if options.class_names is None else read_class_names(options.class_names)
         arrays = file.select(wanted, limits)
@@ -139,7 +145,10 @@ def _write(
         id_bytes=_id_bytes(arrays),
     )
     notes = [] if "ids" in arrays else [f"no --ids: the sample ids are the row numbers 0 to {rows - 1}"]
+    if (note := options.encoding.note(classes)) is not None:
+        notes.append(note)
     where, start = f"{file.name}, array {logits.name}", 0
+    seen: list[np.ndarray] = []
     try:
         with writer, Progress(rows, what="import", unit="rows", enabled=not options.quiet) as progress:
             for block in file.blocks():
@@ -147,6 +156,7 @@ def _write(
                 if start == 0 and options.kind is None:
                     notes += _look_at(values, where=where)
                 ids = block.get("ids", np.arange(start, start + len(values)))
+                seen.append(ids)
                 writer.write(ids, values, block.get("labels"))
                 start += len(values)
                 progress.advance(len(values))
@@ -155,7 +165,11 @@ def _write(
         # Another process that writes to the same place is told by these two; what is there is then its own.
         if not isinstance(error, (UsageError, MismatchError)):
             _discard(options.out)
+        if isinstance(error, DataError) and "ids" in arrays:
+            _name_twins(f"{file.name}, array {arrays['ids'].name}", np.concatenate(seen))
         raise
+    if writer.clamped:
+        notes.append(_clamped_note(writer.clamped, options.dtype))
     catalog = read_catalog(options.out)
     return ImportResult(
         path=str(options.out),
@@ -166,6 +180,7 @@ def _write(
         source=file.name,
         format=file.format,
         sha256=digest,
+        clamped=writer.clamped,
         notes=tuple(notes),
     )
 
@@ -201,6 +216,31 @@ def _look_at(values: np.ndarray, *, where: str) -> list[str]:
     if looks_like_log_probabilities(values):
         return ["the rows look like log-probabilities; these are logits already and were stored as they are"]
     return []
+
+
+def _name_twins(where: str, ids: np.ndarray) -> None:
+    """Says which rows have the same id, where any have.
+
+    Raises:
+        DataError: naming the first two of them.
+    """
+    order = np.argsort(ids, kind="stable")
+    twins = np.flatnonzero(ids[order[1:]] == ids[order[:-1]])
+    if twins.size:
+        at = twins[order[twins + 1].argmin()]
+        raise DataError(
+            f"{where}: rows {order[at]} and {order[at + 1]} have the same id, {show_id(ids[order[at]])}; ids must be "
+            "unique: leave --ids out to number the rows, or remove one of the two"
+        ) from None
+
+
+def _clamped_note(count: int, dtype: str) -> str:
+    if dtype == "float32":
+        return f"{count:,} values are below the range of float32 and were clamped to it"
+    return (
+        f"{count:,} values are more than 65,504 below the largest of their row, the range of {dtype} rows, and were "
+        "clamped to it; --dtype float32 keeps them as they are"
+    )
 
 
 def _provenance(

@@ -64,7 +64,9 @@ class PrecomputeResult:
         seconds: it took.
         rows_per_second: computed rows a second.
         bytes: of the whole dump.
+        views: of each sample that are there, which may be more than were asked for.
         growth: where the data set grew since an earlier dump, what came to it, and labels that changed meanwhile.
+        notes: what should be known about the dump.
     """
 
     path: str
@@ -74,7 +76,9 @@ class PrecomputeResult:
     seconds: float
     rows_per_second: float
     bytes: int
+    views: int
     growth: Growth | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def finished(self) -> bool:
@@ -231,7 +235,8 @@ def _one_pass(dump: DumpFolder, job: Job, left: list[int], stop: StopRequest, pr
     try:
         feed = batches(job.items, sampler, workers=options.workers, pin_memory=device.type == "cuda")
         with worker_deaths(), closing(feed):  # closed here: an exception that somebody keeps would keep the workers
-            for shard, start, stop_at, fed in feed:
+            for shard, start, stop_at, given in feed:
+                fed = job.with_labels(given)
                 _check_stop(stop)
                 sink.begin(shard)
                 logits, inputs = job.forward(fed.inputs)
@@ -310,7 +315,11 @@ def _remove(out: Path, folder: Path) -> None:
 
 
 def _result(job: Job, out: Path, root: str | None, *, computed: int, seconds: float) -> PrecomputeResult:
-    size = read_catalog(out).size_bytes if root is not None else planned_bytes(job.plan)
+    catalog = None if root is None else read_catalog(out)
+    held, asked = len(job.plan.views if catalog is None else catalog.views), len(job.plan.views)
+    notes = [] if (note := job.options.encoding.note(job.plan.classes.count)) is None else [note]
+    if held > asked:
+        notes.append(f"{held} views are there, more than the {asked} of --views; all of them stay")
     rate = computed / seconds if seconds > 0 else 0.0
     return PrecomputeResult(
         path=str(out),
@@ -319,7 +328,9 @@ def _result(job: Job, out: Path, root: str | None, *, computed: int, seconds: fl
         computed=computed,
         seconds=round(seconds, 3),
         rows_per_second=round(rate, 1),
-        bytes=size,
+        bytes=planned_bytes(job.plan) if catalog is None else catalog.size_bytes,
+        views=held,
+        notes=tuple(notes),
     )
 
 

@@ -116,6 +116,15 @@ def describe_views(items: IdentifiedDataset | None, settings: ViewSettings) -> d
     return {**described, "views": None if items.views is None else list(items.views), "order": settings.order}
 
 
+def views_line(described: dict[str, Any], cache: Cache | None) -> str:
+    """What `describe_views` says, for people, and how many views the cache holds where the run takes fewer."""
+    chosen = described["views"]
+    count = "a new view each epoch" if chosen is None else f"{len(chosen)} view(s)"
+    if chosen is not None and cache is not None and len(cache.views) > len(chosen):
+        count += f" of the {len(cache.views)} in {cache.path.name}"
+    return f"inputs in views of {described['augment']} (seed {described['seed']}): {count}, {described['order']} order"
+
+
 def _probe(replay: Replay, dataset: Any, sample_ids: np.ndarray, views: tuple[int, ...] | None) -> None:
     """Looks at a few samples in two views before the first step."""
     places = np.unique(np.linspace(0, len(sample_ids) - 1, _PROBED_SAMPLES).round().astype(np.int64)).tolist()

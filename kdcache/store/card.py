@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,10 @@ def render_card(summary: dict[str, Any], *, name: str) -> str:
     teacher, data = provenance.get("teacher", {}), provenance.get("data", {})
     licence = str(provenance.get("licence") or teacher.get("licence") or "unknown")
     encoding = summary["encoding"]
+    if summary["kind"] == "folder":
+        files, stand, path, here = "shards/*.h5", "each file in `shards/`", "PATH_OF_THIS_FOLDER", "."
+    else:
+        files, stand, path, here = "*.h5", "the file", "PATH_OF_THE_FILE", shlex.quote(_one_line(name))
     lines = [
         "---",
         f"license: {_yaml(licence)}",
@@ -67,7 +72,7 @@ def render_card(summary: dict[str, Any], *, name: str) -> str:
         f"pretty_name: {_yaml(name)}",
         "configs:",
         "- config_name: default",
-        "  data_files: shards/*.h5",
+        f"  data_files: {_yaml(files)}",
         "---",
         "",
         f"# Teacher logits: {_cell(name)}",
@@ -85,17 +90,17 @@ def render_card(summary: dict[str, Any], *, name: str) -> str:
         f"| root hash | `{summary['root']}` |",
         f"| created | {_cell(summary['created'] or 'not recorded')} |",
         "",
-        "The arrays stand at the root of each file in `shards/`; any HDF5 tool reads them. Logits are raw (no softmax,",
+        f"The arrays stand at the root of {stand}; any HDF5 tool reads them. Logits are raw (no softmax,",
         f"no temperature). {_MEANING.get((encoding['name'], encoding['dtype']), _ELSE)}",
         "",
         "```python",
         "import kdcache",
         "",
-        "cache = kdcache.open(PATH_OF_THIS_FOLDER)",
+        f"cache = kdcache.open({path})",
         "loader = DataLoader(kdcache.join(dataset, cache), batch_size=256, shuffle=True)",
         "```",
         "",
-        "Check what you received: `kdcache verify . --expect-root " + str(summary["root"]) + "`",
+        f"Check what you received: `kdcache verify {here} --expect-root {summary['root']}`",
         "",
     ]
     return "\n".join(lines)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
+from shlex import quote
 from typing import Any, NoReturn
 
 from kdcache.errors import CorruptCacheError, MismatchError, UsageError, printable
@@ -17,6 +19,7 @@ from kdcache.format.manifest import MAX_SHARDS, ClassList, Manifest, check_versi
 from kdcache.format.schema import FORMAT_VERSION, MAX_VIEWS, RowSchema, schema_from_json
 from kdcache.format.sealed import dump_sealed, load_sealed
 from kdcache.format.tiling import MAX_EXTENTS, Tiling, extents_from_json
+from kdcache.store import posix
 
 KIND = "plan"
 DEFAULT_SHARD_BYTES = 256 << 20
@@ -32,14 +35,14 @@ _OF_THE_SOURCE = ("name", "id_scheme", "inputs", "classes_sha256", "decoder", "d
 _HINTS = {
     "provenance.teacher.state_sha256": "the teacher's weights; a factory with random ones needs --weights",
     "provenance.teacher": "the teacher",
-    "provenance.data.dumped": "the number of samples, --limit; a finished folder takes more of them, one file does not",
+    "provenance.data.dumped": "the number of samples, --limit",
     "provenance.data.digest_point": "views with --augment, the items as they are without",
     "provenance.data": "the data set",
     "provenance.transform": "the teacher's transform",
     "provenance.views.augment": "--augment",
     "provenance.views.seed": "--seed",
     "provenance.views": "the pipeline that makes the views, --augment",
-    "views": "--views; one file does not grow: `kdcache merge` makes a folder of it, which does",
+    "views": "--views",
     "samples": "the number of samples",
     "provenance.output_key": "--output-key",
     "provenance.precision.batch_size": "--batch-size",
@@ -49,6 +52,7 @@ _HINTS = {
     "provenance.teacher_seen": "--teacher-saw",
     "provenance.licence": "--licence",
     "provenance.converted_from": "`kdcache convert` made it, so that it takes no further rows; let its source grow",
+    "provenance.ensemble": "`kdcache ensemble` made it, so that it takes no further rows; let its sources grow",
     "provenance.versions": "versions of the libraries",
     "encoding.dtype": "--dtype",
     "encoding.k": "--top-k",
@@ -56,7 +60,7 @@ _HINTS = {
     "encoding.labels": "labels beside the rows",
     "encoding.head": "the weights of the teacher's last layer, --factored",
     "encoding.name": "--factored or --top-k, or neither",
-    "shard_rows": "--shard-rows",
+    "shard_rows": "--shard-rows; a dump that goes on has its own, so leave it out",
 }
 
 
@@ -92,7 +96,7 @@ class Plan:
         if rows > MAX_SHARD_ROWS or rows * self.schema.row_bytes > MAX_SHARD_BYTES:
             raise UsageError(
                 f"a shard of {rows} rows of {self.schema.row_bytes} bytes is too large: at most {MAX_SHARD_ROWS} rows "
-                f"and {MAX_SHARD_BYTES} bytes; choose a smaller shard_rows"
+                f"and {MAX_SHARD_BYTES} bytes; choose a smaller shard_rows (--shard-rows)"
             )
         if len(self.extents) > MAX_EXTENTS:
             raise UsageError(
@@ -151,7 +155,9 @@ def check_shard_count(count: int) -> None:
         UsageError: more than 8,192 shards.
     """
     if count > MAX_SHARDS:
-        raise UsageError(f"{count} shards, and a cache has at most {MAX_SHARDS}; choose a larger shard_rows")
+        raise UsageError(
+            f"{count} shards, and a cache has at most {MAX_SHARDS}; choose a larger shard_rows (--shard-rows)"
+        )
 
 
 def parse_plan(text: bytes, *, where: str) -> Plan:
@@ -267,10 +273,21 @@ def raise_difference(difference: tuple[str, Any, Any], *, where: str, holder: in
             f"{where} holds another dump: {values}, and process {holder} is at work on it. Use the same settings to "
             "share that work, or another --out for a new dump"
         )
-    raise MismatchError(
-        f"{where} holds another dump: {values}. Use the same settings to resume, another --out for a new dump, or "
-        "--overwrite to replace it"
-    )
+    advice = "Use the same settings to resume, another --out for a new dump, or --overwrite to replace it"
+    if _is_growth(field, left, right) and posix.is_file(Path(where)):
+        folder = f"{where.removesuffix('.h5')}/"
+        advice = (
+            f"One file does not grow, a folder does: run `kdcache merge {quote(where)} {quote(folder)}`, then this "
+            f"command with --out {quote(folder)} (and without --shard-rows)"
+        )
+    raise MismatchError(f"{where} holds another dump: {values}. {advice}")
+
+
+def _is_growth(field: str, left: Any, right: Any) -> bool:
+    """Whether the command asks for more of the same: views behind those that are there, or further samples."""
+    if field == "views":
+        return isinstance(left, list) and isinstance(right, list) and left == right[: len(left)]
+    return field in ("samples", "provenance.data.dumped") and type(left) is type(right) is int and left < right
 
 
 def first_difference(

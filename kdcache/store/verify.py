@@ -28,6 +28,7 @@ from kdcache.store.parts import Catalog, Part, read_catalog, refuse_hole
 from kdcache.store.scan import checked_blocks
 
 AGAIN = "it is damaged: fetch it again, or remove it and run the dump's command again, which makes it anew"
+_RAISED = 8
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class VerifyReport:
         return not self.problems
 
     def raise_on_error(self) -> None:
-        """Raises what was found.
+        """Raises what was found: up to 8 problems, a line each.
 
         Raises:
             CorruptCacheError: damage.
@@ -66,8 +67,8 @@ class VerifyReport:
         """
         if self.problems:
             kind = IncompleteCacheError if self.missing else CorruptCacheError
-            more = f" (and {len(self.problems) - 1} more)" if len(self.problems) > 1 else ""
-            raise kind(f"{self.problems[0]}{more}")
+            more = [f"and {len(self.problems) - _RAISED} more"] if len(self.problems) > _RAISED else []
+            raise kind("\n".join([*self.problems[:_RAISED], *more]))
 
     def to_json(self) -> dict[str, Any]:
         """For `--json`."""

@@ -130,6 +130,11 @@ class Writer:
         """(n,) ids of the samples that are committed already, in stored order; skip them when resuming."""
         return self._done
 
+    @property
+    def clamped(self) -> int:
+        """Values of the committed shards that are below the range of `dtype` and were clamped to it."""
+        return sum(record.clamped for record in self._records)
+
     def __enter__(self) -> Writer:
         return self
 
@@ -235,10 +240,6 @@ class Writer:
         if self._dump is not None:
             _give_back(self._dump)
 
-    @property
-    def _index_in_hand(self) -> int:
-        return len(self._records)
-
     def _read_back(self) -> None:
         """Takes up the shards of an unfinished dump; its plan is compared with this writer's."""
         finished = posix.exists(self._folder / MANIFEST)
@@ -343,10 +344,10 @@ class Writer:
         count = len(rows["sample_id"])
         done = 0
         while done < count:
-            start = self._index_in_hand * dump.plan.shard_rows
+            start = len(self._records) * dump.plan.shard_rows
             if self._container is None:
-                dump.clear_shard(0, self._index_in_hand)
-                self._container = dump.container(0, self._index_in_hand, start, start + dump.plan.shard_rows)
+                dump.clear_shard(0, len(self._records))
+                self._container = dump.container(0, len(self._records), start, start + dump.plan.shard_rows)
             room = dump.plan.shard_rows - self._container.written
             piece = {n: a[done : done + room] for n, a in rows.items()}
             taken = len(piece["sample_id"])
@@ -362,7 +363,7 @@ class Writer:
         container = self._container
         if container is None:
             return
-        index = self._index_in_hand
+        index = len(self._records)
         start = index * dump.plan.shard_rows
         if container.written < dump.plan.shard_rows:
             container = self._shortened(dump, container, index, start)

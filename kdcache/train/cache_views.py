@@ -109,7 +109,7 @@ def pipeline_of(cache: Cache, augment: Augment | None = None) -> Replay | None:
         raise MismatchError(
             f"{name} was dumped with the pipeline {recorded}, and augment= is {given}: the student would see other "
             "views than its teacher. "
-            + ("Leave augment= out" if recorded.is_named else "Give the transform of the dump")
+            + ("Leave augment= out (--augment)" if recorded.is_named else "Give the transform of the dump")
             + ", or dump again with this one"
         )
     return replay
@@ -171,9 +171,10 @@ def _first_views(cache: Cache, views: int | None) -> tuple[int, ...]:
     if views is not None:
         check_views(views, name=VIEWS)
     if views is not None and views > len(held):
+        by = "" if cache.catalog.header is None else f", on a folder that `kdcache merge {name} FOLDER/` makes of it"
         raise MismatchError(
             f"{views} views are asked for and {name} holds {len(held)}: ask for fewer (--views), or add views to it "
-            f"with the command of its dump and --views {views}"
+            f"with the command of its dump and --views {views}{by}"
         )
     if recorded_pipeline(cache) is None and len(held) > 1 and views != 1:
         raise UsageError(

@@ -32,3 +32,19 @@ def test_what_cannot_be_meant_is_a_usage_error(run, folder: Path, tmp_path: Path
         result = run("convert", folder, tmp_path / "out", *arguments)
         assert (result.exit_code, message in result.stderr) == (2, True), result.stderr
     assert run("convert", tmp_path / "nothing", tmp_path / "out", "--dtype", "int8").exit_code == 4
+
+
+def test_corrected_labels_come_from_the_csv_file_of_suspects(run, folder: Path, tmp_path: Path) -> None:
+    with kdcache.open(folder) as cache:
+        rows = cache.gather(range(len(cache)))
+        ids, label = rows.sample_id.tolist(), rows.label.tolist()
+    assert run("suspects", folder, "-o", tmp_path / "all.csv").exit_code == 0
+    same = run("convert", folder, tmp_path / "out", "--labels", tmp_path / "all.csv")
+    assert (same.exit_code, "nothing is to be corrected" in same.stderr) == (2, True)
+    (tmp_path / "one.csv").write_text(f"sample_id,label\n{ids[5]},{(label[5] + 1) % 3}\n")
+    result = run("convert", folder, tmp_path / "out", "--labels", tmp_path / "one.csv", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["labels_changed"] == 1
+    with kdcache.open(tmp_path / "out") as made:
+        assert made.gather([5]).label.tolist() == [(label[5] + 1) % 3]
+        assert made.encoding == kdcache.open(folder).encoding

@@ -48,6 +48,14 @@ def test_without_names_the_arrays_are_listed_with_the_flags_to_use(run, npz: Pat
     assert "for example: --logits logits --labels y" in result.stderr
 
 
+def test_without_a_place_the_one_array_of_a_file_is_listed_too(run, tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", LOGITS)
+    result = run("import", tmp_path / "a.npy")
+    assert result.exit_code == 2
+    assert "--out is needed" in result.stderr
+    assert "a.npy holds\n  array  (40, 3)  float32\n" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [

@@ -94,6 +94,19 @@ def test_people_read_what_was_done(run, arguments) -> None:
     assert "not finished" in part.stdout
 
 
+def test_people_read_how_many_views_are_there(run, arguments) -> None:
+    views = ["--augment", "noise0.1", "--views"]
+    assert run(*arguments(out="v/"), *views, "3").stdout.startswith("v: 497 samples x 3 views, ")
+    again = run(*arguments(out="v/"), *views, "2")
+    assert "\nnote: 3 views are there, more than the 2 of --views; all of them stay\n" in again.stdout
+
+
+def test_more_logits_than_classes_are_told(run, arguments) -> None:
+    told = "note: --top-k 64 is more than the 10 classes: each row keeps all of them"
+    assert told in run(*arguments(out="k/"), "--top-k", "64").stdout
+    assert "note" not in run(*arguments(out="ten/"), "--top-k", "10").stdout
+
+
 def test_people_read_what_came_and_which_labels_changed(run, arguments, tmp_path: Path) -> None:
     def grown(rows: int, *more: str, changed: int = 0) -> str:
         generator = np.random.default_rng(1)

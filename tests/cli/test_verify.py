@@ -36,6 +36,17 @@ def test_a_missing_shard_is_incomplete(run, folder: Path, shard: Path) -> None:
     assert shard.name in result.stderr
 
 
+def test_people_read_each_problem_once(run, folder: Path) -> None:
+    gone = sorted((folder / "shards").iterdir())
+    for path in gone:
+        path.unlink()
+    result = run("verify", folder)
+    assert "ok: " in result.stdout
+    for path in gone:
+        assert (result.stdout + result.stderr).count(f"{path.name} is missing") == 1
+    assert len(json.loads(run("verify", folder, "--json").stdout)["problems"]) == len(gone)
+
+
 def test_another_root_hash_is_a_mismatch(run, folder: Path) -> None:
     root = kdcache.open(folder).root
     assert run("verify", folder, "--expect-root", root).exit_code == 0

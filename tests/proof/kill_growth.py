@@ -47,7 +47,7 @@ def kill_growth(dumps: Any, folder: Path, *, kills: int) -> Tally:
         dumps.here(out, **BEFORE)
         assert contents(out) == before
         old = {path.name: path.stat().st_ino for path in (out / "shards").iterdir()}
-        while not _launch(dumps, out, rng, tally, kills):
+        while not launch(dumps, out, rng, tally, kills):
             _check_between(out, tally)
         assert contents(out) == after
         assert {name: (out / "shards" / name).stat().st_ino for name in old} == old
@@ -55,7 +55,7 @@ def kill_growth(dumps: Any, folder: Path, *, kills: int) -> Tally:
     return tally
 
 
-def _launch(dumps: Any, out: Path, rng: random.Random, tally: Tally, kills: int) -> bool:
+def launch(dumps: Any, out: Path, rng: random.Random, tally: Tally, kills: int) -> bool:
     """Runs the ranks of one launch, some of which are killed; returns whether one has finished."""
     world_size = min(WORLD_SIZES, key=lambda n: (tally.kills[n], rng.random()))
     trace = out.parent / f"{out.name}.trace"
@@ -69,7 +69,7 @@ def _launch(dumps: Any, out: Path, rng: random.Random, tally: Tally, kills: int)
         for rank in rng.sample(ranks, rng.randint(1, world_size)):
             rank.kill()
     codes = exit_codes(ranks)
-    assert set(codes) <= {0, -9}
+    assert set(codes) <= {0, -9}, codes
     tally.kills[world_size] += codes.count(-9)
     if 0 in codes:
         dumps.here(out, **AFTER)  # a rank that was killed right after another had finished may have left its plan

@@ -108,3 +108,15 @@ def test_a_folder_whose_growth_is_killed_stays_the_cache_that_it_was_and_grows_t
     assert min(tally.kills.values()) >= kills
     assert tally.seen > 0
     proved("R1", kills_of_growth=tally.kills.total(), equal_caches=tally.caches, old_cache_between=tally.seen)
+
+
+def test_a_folder_that_is_healed_in_turns_keeps_its_root_and_predecessor(
+    dumps: Any, tmp_path: Path, count: Callable[[int, int], int], proved: Callable[..., None]
+) -> None:
+    """A grown folder that loses shards, before and between launches over 1, 2 and 4 ranks, some of which are killed."""
+    from kill_healing import kill_healing
+
+    kills = count(1, 30)
+    tally = kill_healing(dumps, tmp_path, kills=kills)
+    assert min(tally.kills.values()) >= kills
+    proved("R1", kills_of_healing=tally.kills.total(), equal_caches=tally.caches)

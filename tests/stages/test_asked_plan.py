@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 
 from kdcache.errors import MismatchError, UsageError
 from kdcache.stages.asked_plan import asked_plan, check_path
-from kdcache.stages.precompute import precompute
+from kdcache.stages.precompute import PrecomputeResult, precompute
 from kdcache.stages.precompute_options import PrecomputeOptions
 from kdcache.store.occupant import occupant
 from kdcache.store.plan import first_difference
@@ -93,9 +93,9 @@ def test_the_limit_is_compared_with_the_rows_of_the_data(tmp_path: Path) -> None
 
 def test_a_module_is_not_mistaken_for_the_teacher_of_the_options(tmp_path: Path, module: str) -> None:
     torch.manual_seed(0)
-    network = nn.Linear(5, 3)
-    for _ in range(2):
-        precompute(network, DATA, tmp_path / "cache", options=PrecomputeOptions(teacher=f"{module}:unseen", quiet=True))
+    network, options = nn.Linear(5, 3), PrecomputeOptions(teacher=f"{module}:unseen", quiet=True)
+    results = [precompute(network, DATA, tmp_path / "cache", options=options) for _ in range(2)]
+    assert [result.computed for result in results if isinstance(result, PrecomputeResult)] == [len(DATA), 0]
 
 
 def test_another_dump_is_refused_before_its_data_are_loaded(tmp_path: Path, module: str) -> None:

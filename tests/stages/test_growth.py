@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,17 @@ def test_a_larger_limit_is_growth_too(teacher: nn.Module, tmp_path: Path) -> Non
         dump(teacher, Numbers(30), tmp_path / "cache", limit=20)
 
 
+def test_what_a_folder_grows_by_is_cut_as_its_shards_are(teacher: nn.Module, tmp_path: Path) -> None:
+    """In shards of 8 rows, where a new dump would have one of all."""
+    dump(teacher, Letters(names(11)), tmp_path / "told")
+    dump(teacher, Letters(names(11)), tmp_path / "untold")
+    for out, settings in (("told", {}), ("untold", {"shard_rows": None})):
+        dump(teacher, Letters(names(21)), tmp_path / out, **settings)
+        dump(teacher, Letters(names(31)), tmp_path / out, **settings)
+    assert kdcache.open(tmp_path / "told").root == kdcache.open(tmp_path / "untold").root
+    assert len(shards(tmp_path / "untold")) == 6
+
+
 def test_labels_corrected_since_are_reported_and_not_used(teacher: nn.Module, tmp_path: Path) -> None:
     out, wrong = tmp_path / "cache", {"0/000": 1, "3/003": 3}
     dump(teacher, Letters(names(21), wrong), out)
@@ -225,11 +237,16 @@ def test_mixed_views_do_not_grow(teacher: nn.Module, tmp_path: Path) -> None:
 
 def test_one_file_grows_by_way_of_a_folder(teacher: nn.Module, tmp_path: Path) -> None:
     dump(teacher, Letters(names(11)), tmp_path / "cache.h5")
-    with pytest.raises(MismatchError, match="one file does not"):
+    with pytest.raises(MismatchError, match="One file does not grow") as refused:
         dump(teacher, Letters(names(21)), tmp_path / "cache.h5")
-    merge(tmp_path / "cache.h5", tmp_path / "folder")
-    dump(teacher, Letters(names(21)), tmp_path / "folder", shard_rows=None)
-    merge(tmp_path / "folder", tmp_path / "grown.h5")
+    advised = re.search(r"`kdcache merge (\S+) (\S+)`, then this command with --out (\S+) ", str(refused.value))
+    assert advised is not None
+    merge(advised[1], advised[2])
+    assert advised[3] == advised[2] == f"{tmp_path / 'cache'}/"
+    with pytest.raises(MismatchError, match=r"shard_rows is \d+ there and 8 .*leave it out"):
+        dump(teacher, Letters(names(21)), Path(advised[3]))
+    dump(teacher, Letters(names(21)), Path(advised[3]), shard_rows=None)
+    merge(advised[2], tmp_path / "grown.h5")
     check_rows(tmp_path / "grown.h5", Letters(names(21)), teacher)
 
 

@@ -182,6 +182,32 @@ def test_class_names_of_another_form_are_a_usage_error(tmp_path: Path, content: 
         stage.read_class_names(tmp_path / "nothing.json")
 
 
+@pytest.mark.parametrize(("dtype", "clamped"), [("float16", 2), ("float32", 0)])
+def test_values_out_of_range_are_counted_and_told(tmp_path: Path, dtype: str, clamped: int) -> None:
+    path = add(tmp_path / "a.npz", scores=changed_at(LOGITS, (3, 70), -70_000.0))
+    result = kdcache.import_cache(path, out=tmp_path / "t.h5", logits="scores", dtype=dtype, quiet=True)
+    assert result.clamped == clamped
+    told = [note for note in result.notes if "clamped" in note]
+    assert [note.startswith("2 values are more than 65,504 below") for note in told] == [True] * (clamped > 0)
+
+
+def changed_at(array: np.ndarray, rows: tuple[int, ...], value: float) -> np.ndarray:
+    copy = array.copy()
+    copy[list(rows), 0] = value
+    return copy
+
+
+@pytest.mark.parametrize("text", [False, True])
+def test_ids_that_come_twice_are_named_by_array_and_rows(tmp_path: Path, text: bool) -> None:
+    ids = np.arange(ROWS)
+    ids[[290, 120, 200]] = 5, 7, 5
+    path = add(tmp_path / "a.npz", numbers=ids.astype("S8") if text else ids)
+    shown = "'7'" if text else "7"
+    with pytest.raises(DataError, match=rf"a\.npz, array numbers: rows 7 and 120 have the same id, {shown}; .*--ids"):
+        kdcache.import_cache(path, out=tmp_path / "t", logits="scores", ids="numbers", quiet=True)
+    assert left_at(tmp_path) == []
+
+
 # What is in the file must be what it is said to be.
 
 
@@ -224,7 +250,7 @@ def changed(array: Any, value: Any) -> np.ndarray:
 BAD = {
     "NaN": ({"scores": [np.nan, 0]}, LogitsError, "array scores: row 69000 holds NaN"),
     "a label that is no class": ({"y": 2}, DataError, "sample 69000 has label 2, expected 0 to 1"),
-    "an id of an earlier block": ({"ids": 3}, DataError, "the sample id 3 was written before"),
+    "an id of an earlier block": ({"ids": 3}, DataError, "array ids: rows 3 and 69000 have the same id, 3"),
     "an empty id": ({"names": ""}, DataError, "must not be empty"),
 }
 

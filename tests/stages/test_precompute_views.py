@@ -198,7 +198,7 @@ def test_fewer_views_than_there_are_leave_nothing_to_do(teacher: nn.Module, tmp_
 
 def test_one_file_does_not_grow(teacher: nn.Module, tmp_path: Path) -> None:
     root = dump(teacher, tmp_path / "teacher.h5").root
-    with pytest.raises(MismatchError, match="one file does not grow"):
+    with pytest.raises(MismatchError, match="One file does not grow"):
         dump(teacher, tmp_path / "teacher.h5", views=VIEWS + 1)
     assert kdcache.open(tmp_path / "teacher.h5").root == root
 

@@ -79,3 +79,15 @@ def test_a_cache_that_says_nothing_has_a_card_that_says_unknown(folder: Path) ->
     text = write_card(folder).read_text()
     assert front_matter(text)["license"] == "unknown"
     assert "| teacher | unknown |" in text
+
+
+def test_the_card_of_one_file_speaks_of_a_file(one_file: Path, folder: Path) -> None:
+    summary = describe(one_file)
+    text = render_card(summary, name="my teacher.h5")
+    assert "shard" not in text
+    assert 'data_files: "*.h5"' in text
+    assert "PATH_OF_THE_FILE" in text
+    assert f"kdcache verify 'my teacher.h5' --expect-root {summary['root']}`" in text
+    of_folder = render_card(describe(folder), name="teacher")
+    assert 'data_files: "shards/*.h5"' in of_folder
+    assert "kdcache verify . --expect-root" in of_folder

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kdcache.errors import CorruptCacheError, MismatchError, UsageError
+from kdcache.errors import CorruptCacheError, DataError, MismatchError, UsageError
 from kdcache.store.cache import open as open_cache
 from kdcache.store.convert import convert
 from kdcache.store.export import export
@@ -150,3 +150,81 @@ def test_what_was_clamped_before_is_still_counted(tmp_path: Path, shard_rows: in
     for name in ("source", "out"):
         shards = json.loads((tmp_path / name / "manifest.json").read_text())["shards"]
         assert sum(shard["clamped"] for shard in shards) == ROWS
+
+
+def csv_of(path: Path, rows: list[tuple[Any, Any]], header: str = "sample_id,label,score") -> Path:
+    path.write_text("\n".join([header, *(f"{sample_id},{label},0.5" for sample_id, label in rows), ""]))
+    return path
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": "int4"}, {"top_k": 5}])
+@pytest.mark.parametrize("out", ["out", "out.h5"])
+def test_corrected_labels_come_in_by_sample_id(source: Path, tmp_path: Path, options: dict[str, Any], out: str) -> None:
+    corrected = csv_of(tmp_path / "labels.csv", [(30, 7), (3, LABELS[1]), (897, -1)])
+    expected = LABELS.copy()
+    expected[[10, 299]] = 7, -1
+    convert(source, tmp_path / out, labels=corrected, **options)
+    assert verify(tmp_path / out).ok
+    with open_cache(tmp_path / out) as made, open_cache(source) as old:
+        rows = made.gather(np.arange(ROWS))
+        np.testing.assert_array_equal(rows.label, expected)
+        np.testing.assert_array_equal(rows.sample_id, old.gather(np.arange(ROWS)).sample_id)
+        assert made.provenance["corrected_labels"]["changed"] == 2
+        assert made.provenance["corrected_labels"]["samples"] == 3
+        assert made.provenance["converted_from"][0]["root"] == old.root
+        if not options:
+            np.testing.assert_array_equal(rows.dense(), LOGITS)
+    if "top_k" in options:  # the logit that is kept is that of the label as it is now
+        write_with(tmp_path / "direct", expected, **options)
+        with open_cache(tmp_path / "direct") as direct, open_cache(tmp_path / out) as made:
+            kept = made.gather(np.arange(ROWS)).arrays["label_logits"]
+            np.testing.assert_array_equal(kept, direct.gather(np.arange(ROWS)).arrays["label_logits"])
+
+
+def write_with(path: Path, labels: np.ndarray, **options: Any) -> None:
+    with Writer(path, classes=CLASSES, **options) as writer:
+        writer.write(np.arange(ROWS), LOGITS, labels)
+
+
+def test_text_ids_are_read_as_a_spreadsheet_was_given_them(tmp_path: Path) -> None:
+    with Writer(tmp_path / "source", classes=CLASSES) as writer:
+        writer.write(["-a", "ä", "'q"], LOGITS[:3], [1, 2, 3])
+    content = "sample_id,label\n'-a,5\nä,6\n''q,7\n".encode("utf-8-sig")
+    (tmp_path / "labels.csv").write_bytes(content)
+    convert(tmp_path / "source", tmp_path / "out", labels=tmp_path / "labels.csv")
+    with open_cache(tmp_path / "out") as made:
+        assert made.gather(np.arange(3)).label.tolist() == [5, 6, 7]
+
+
+@pytest.mark.parametrize(
+    ("rows", "kind", "message"),
+    [
+        ([(30, 40)], DataError, "line 2: the label is '40', expected a number from 0 to 39"),
+        ([(30, "cat")], DataError, "the label is 'cat'"),
+        ([(30, 1), (30, 2)], DataError, "the sample 30 stands there twice"),
+        ([(30, 1), (31, 2)], MismatchError, "names 1 samples that source does not hold .31."),
+        ([("x", 1)], MismatchError, "the sample id 'x' is no integer"),
+        ([(3, LABELS[1])], UsageError, "all 1 labels are those of source"),
+        ([], UsageError, "no line behind its header"),
+    ],
+)
+def test_labels_that_cannot_be_meant_write_nothing(
+    source: Path, tmp_path: Path, rows: list[tuple[Any, Any]], kind: type[Exception], message: str
+) -> None:
+    with pytest.raises(kind, match=message):
+        convert(source, tmp_path / "out", labels=csv_of(tmp_path / "labels.csv", rows))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_of_other_columns_and_rows_without_labels_are_refused(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="needs the columns sample_id and label, found"):
+        convert(source, tmp_path / "out", labels=csv_of(tmp_path / "labels.csv", [(30, 1)], header="id,label,x"))
+    with pytest.raises(UsageError, match="there is no file"):
+        convert(source, tmp_path / "out", labels=tmp_path / "nothing.csv")
+    with Writer(tmp_path / "bare", classes=CLASSES) as writer:
+        writer.write(np.arange(3), LOGITS[:3])
+    with pytest.raises(UsageError, match="bare has no labels"):
+        convert(tmp_path / "bare", tmp_path / "out", labels=csv_of(tmp_path / "labels.csv", [(0, 1)]))
+    write_with(tmp_path / "sparse", LABELS, top_k=3)
+    with pytest.raises(UsageError, match="holds part of the logits"):
+        convert(tmp_path / "sparse", tmp_path / "out", labels=csv_of(tmp_path / "labels.csv", [(0, 1)]))

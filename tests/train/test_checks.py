@@ -105,3 +105,5 @@ def test_labels_are_compared_where_both_sides_have_one(cache: kdcache.Cache) -> 
     check_labels([0, 1], stored, "teacher.h5")  # not one label per row
     with pytest.raises(MismatchError, match=r"sample 1 has the label 4 in the data set and 1 in teacher\.h5; 2 of"):
         check_labels(torch.tensor([0, 4, 3, 4]), stored, "teacher.h5")
+    with pytest.raises(MismatchError, match=r"differ, sample 2: 3 and 2\. .*`kdcache convert teacher\.h5 NEW --labels"):
+        check_labels(torch.tensor([0, 4, 3, 4]), stored, "teacher.h5")

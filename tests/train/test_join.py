@@ -144,6 +144,16 @@ def test_ids_of_another_kind_and_unknown_views_are_refused(dataset: TensorDatase
         kdcache.join(dataset, cache, missing="drop")  # type: ignore[arg-type]
 
 
+def test_arguments_in_another_order_are_refused_by_name(dataset: TensorDataset, cache: kdcache.Cache) -> None:
+    with pytest.raises(UsageError, match=r"the cache is a TensorDataset.*kdcache\.join\(dataset, cache\)"):
+        kdcache.join(cache, dataset)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"the cache is a list.*kdcache\.attach\(loader, cache\)"):
+        kdcache.attach(cache, [])  # type: ignore[arg-type]
+    rows = cache.gather(np.arange(12)).tensors()
+    with pytest.raises(UsageError, match=r"student's logits are TeacherRows.*come first, the teacher second"):
+        kdcache.losses.kd_loss(rows, rows.dense(), None, alpha=1.0, temperature=2.0)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("check", ["ids", "sample", "full"])
 def test_labels_that_disagree_are_an_error_at_every_level(
     inputs: torch.Tensor, labels: torch.Tensor, cache: kdcache.Cache, check: Any
