@@ -168,7 +168,7 @@ class CalibrationMetrics:
         """
         top = logits.amax(dim=1, keepdim=True)
         own = logits.gather(1, labels[:, None])
-        rank = self._rank(logits, own, labels)
+        rank = ranks(logits, own, labels)
         if logits.shape[1] > TOP:
             self._top5 += int((rank < TOP).sum())
         else:
@@ -180,18 +180,6 @@ class CalibrationMetrics:
         self._nll -= float(log_own.sum())
         self._brier += float((squares - 2 * log_own.exp() + 1).sum())
         self._count(1 / total, rank == 0)
-
-    @staticmethod
-    def _rank(logits: Tensor, own: Tensor, labels: Tensor) -> Tensor:
-        """(M,) how many classes come before the label: larger ones, and equal ones with a smaller number.
-
-        Neither argmax nor topk of torch promise which of equal logits comes first.
-        """
-        found = (logits > own).float().sum(dim=1)
-        equal = (logits == own).float().sum(dim=1)
-        for row in torch.nonzero(equal > 1).flatten().tolist():
-            found[row] += int((logits[row, : int(labels[row])] == own[row]).sum())
-        return found
 
     def _add_topk(self, rows: TeacherRows, labels: Tensor) -> None:
         encoding = rows.encoding
@@ -277,6 +265,30 @@ def equal_mass_bins(sure: np.ndarray, right: np.ndarray, bins: int = BINS) -> Bi
     """
     edges = np.quantile(sure, np.linspace(0, 1, bins + 1))
     return _binned(sure, right, edges, np.searchsorted(edges[1:-1], sure, side="left"))
+
+
+def ranks(logits: Tensor, own: Tensor, labels: Tensor) -> Tensor:
+    """(N,) float, how many classes come before the label: larger ones, and equal ones with a smaller number.
+
+    Neither argmax nor topk of torch promise which of equal logits comes first. The sign of the difference tells larger
+    from equal in four cheap passes; comparisons, whose sums torch adds up as integers, take five times as long.
+
+    Args:
+        logits: (N, C).
+        own: (N, 1) the label's.
+        labels: (N,) int64; -1 counts as if no class were equal.
+    """
+    sign = (logits - own).sign_()
+    if bool(torch.isinf(own).any()):
+        sign.nan_to_num_(0.0)  # -inf less -inf: a label that is masked like others
+    unequal = torch.linalg.vector_norm(sign, 1, dim=1)
+    found: Tensor = (sign.sum(dim=1) + unequal) / 2
+    # Who is behind the five largest anyway needs no order among equals.
+    tied = torch.nonzero((unequal < logits.shape[1] - 1) & (found < TOP) & (labels >= 0)).flatten()
+    if len(tied):
+        before = torch.arange(logits.shape[1], device=logits.device) < labels[tied, None]
+        found[tied] += ((logits[tied] == own[tied]) & before).sum(dim=1)
+    return found
 
 
 def clean_labels(rows: TeacherRows) -> Tensor:
