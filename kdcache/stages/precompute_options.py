@@ -16,6 +16,7 @@ from kdcache.stages.choices import AMP
 from kdcache.stages.option import flag, option
 
 TEACHER_SAW = ("yes", "no", "unknown")
+LABELS = ("all", "known", "none")
 DTYPE_HELP = "Stored type of all logits; float16 keeps the row maximum apart, int8 and int4 the top 8 in float16."
 TOP_K_HELP = "Store the K largest logits of a row (and its label's), and sums over the others."
 TEMPERATURES_HELP = (
@@ -31,7 +32,7 @@ class PrecomputeOptions:
     resumed dump must use the same. Ranks, workers and launches may change freely.
     """
 
-    teacher: str | None = option(None, "Teacher: module:factory or pt2:FILE.", group="inputs")
+    teacher: str | None = option(None, "Teacher: module:factory, pt2:FILE or run:FOLDER.", group="inputs")
     weights: Path | None = option(None, "State dict (.pt or .safetensors) for the teacher.", group="inputs")
     data: str | None = option(
         None, "Data: digits:train, npz:FILE, idx:FOLDER:train, folder:PATH, module:factory ...", group="inputs"
@@ -48,6 +49,12 @@ class PrecomputeOptions:
     )
     shard_rows: int | None = option(None, "Rows of a shard (default: up to 131,072, and 256 MiB).", group="cache")
     teacher_saw: str = option("unknown", "Was the teacher trained on these rows?", group="cache", choices=TEACHER_SAW)
+    labels: str = option(
+        "all",
+        "Labels to store: all must be classes of the teacher; those that are; or none, where classes differ.",
+        group="cache",
+        choices=LABELS,
+    )
     licence: str | None = option(None, "Licence and terms of the logits, for the card.", group="cache")
     augment: str | None = option(
         None,

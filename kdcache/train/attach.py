@@ -20,6 +20,7 @@ from kdcache.store.cache import Cache
 from kdcache.store.rows import TeacherRows
 from kdcache.train.cache_views import choice_of, pipeline_of
 from kdcache.train.checks import Check
+from kdcache.train.class_map import ClassMap
 from kdcache.train.items import SAMPLE_ID_KEY, TEACHER_KEY, first_input, label_of
 from kdcache.train.mixed_labels import MixedLabels
 from kdcache.train.reading import BatchReader, Missing
@@ -27,7 +28,13 @@ from kdcache.train.with_ids import IdentifiedDataset, SampleId, SampleIds, colla
 
 
 def attach(
-    loader: Any, cache: Cache, *, missing: Missing = "error", check: Check = "sample", view: int | None = None
+    loader: Any,
+    cache: Cache,
+    *,
+    missing: Missing = "error",
+    check: Check = "sample",
+    view: int | None = None,
+    class_map: ClassMap | None = None,
 ) -> AttachedLoader:
     """Replaces the sample ids in each batch of a loader by the teacher's rows of these samples.
 
@@ -42,6 +49,8 @@ def attach(
             Inputs are compared as they stand in the batch, after collate: one that mixes or pads inputs is refused.
         view: the view that all batches are in, where their ids do not say; by default the cache's only one. Of a
             cache with augmentation, `with_ids(dataset, cache=cache)` gives items in its views.
+        class_map: of items whose labels are not the teacher's classes; stored labels are compared through it. The rows
+            stay the teacher's: `class_map.rows(rows, labels)` maps them.
 
     Returns:
         An iterable with the loader's length. In place of the ids stands a `TeacherRows` of tensors (pinned where
@@ -53,7 +62,7 @@ def attach(
             a label or an input that differs.
         UsageError: several views, and a batch does not say which one its items are in.
     """
-    reader = BatchReader(cache, missing=missing, check=check)
+    reader = BatchReader(cache, missing=missing, check=check, class_map=class_map)
     if view is not None:
         choice_of(cache, view=view)  # refuses a view that the cache does not hold
     source, known = _known_source(getattr(loader, "dataset", None))

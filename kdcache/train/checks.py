@@ -25,6 +25,7 @@ Check: TypeAlias = Literal["ids", "sample", "full"]
 
 FIRST_ITEMS = 256
 ONE_IN = 64
+_SHOWN = 4
 _SAMPLE_NOTE = (
     f"the first {FIRST_ITEMS} of each process, then 1 in {ONE_IN}: a fault in 1 % of the samples is found with 92 % in "
     f"the first {FIRST_ITEMS}"
@@ -142,7 +143,7 @@ def check_labels(labels: Any, stored: TeacherRows, cache_name: str) -> None:
         cache_name: for the message.
 
     Raises:
-        MismatchError: naming the first sample that differs and both labels.
+        MismatchError: naming the first samples that differ, both labels of each, and what to do.
     """
     found = label_array(labels)
     if found is None or stored.label is None or len(found) != len(stored):
@@ -150,13 +151,15 @@ def check_labels(labels: Any, stored: TeacherRows, cache_name: str) -> None:
     expected = np.asarray(stored.label)
     differs = (found != expected) & (found != -1) & (expected != -1)
     if differs.any():
-        first = int(np.flatnonzero(differs)[0])
+        first, *others = np.flatnonzero(differs)[:_SHOWN].tolist()
+        more = "".join(f", sample {show_id(stored.sample_id[at])}: {found[at]} and {expected[at]}" for at in others)
         raise MismatchError(
-            f"sample {show_id(stored.sample_id[first])} has the label {int(found[first])} in the data set and "
-            f"{int(expected[first])} in {cache_name}; {np.count_nonzero(differs)} of the {len(found)} labels of this "
-            "batch differ. Labels were corrected since the dump, the ids point to other samples than in it, or the "
-            "classes are numbered in another order: check sample_ids and the class list, or dump again with these "
-            "labels"
+            f"sample {show_id(stored.sample_id[first])} has the label {found[first]} in the data set and "
+            f"{expected[first]} in {cache_name}; {np.count_nonzero(differs)} of the {len(found)} labels of this batch "
+            f"differ{more}. Where few do, labels were corrected since the dump: `kdcache convert {cache_name} NEW "
+            "--labels FILE.csv` makes a cache with the labels of FILE.csv (columns sample_id and label). Where many "
+            "do, the ids point to other samples than in the dump, or the classes are numbered in another order: check "
+            "sample_ids and the class list"
         )
 
 

@@ -19,6 +19,7 @@ from kdcache.store.cache import Cache
 from kdcache.train import ids
 from kdcache.train.cache_views import Augment, choice_of, pipeline_of
 from kdcache.train.checks import Check
+from kdcache.train.class_map import ClassMap
 from kdcache.train.items import TEACHER_KEY, first_input, label_of, with_input, with_part
 from kdcache.train.reading import BatchReader, Missing
 from kdcache.train.rows import TeacherRow
@@ -39,6 +40,7 @@ def join(
     view_order: ViewOrder | None = None,
     augment: Augment | None = None,
     transform: Callable[[Any], Any] | None = None,
+    class_map: ClassMap | None = None,
 ) -> JoinedDataset:
     """Puts each sample's cached teacher row beside its item, found by sample id.
 
@@ -62,6 +64,8 @@ def join(
             `kdcache.views` makes of it. One that ships with kdcache is built from the cache's provenance.
         transform: the student's own normalisation and scaling of the first input, after the shared view and after
             it was compared with the dump's.
+        class_map: of items whose labels are not the teacher's classes; stored labels are compared through it. The rows
+            stay the teacher's: `class_map.rows(rows, labels)` maps them.
 
     Returns:
         A picklable data set, for workers of any start method.
@@ -73,7 +77,7 @@ def join(
             or an input that differs.
         UsageError: the dump's pipeline has to be given; later: `view_order="epoch"` and nobody told the epoch.
     """
-    reader = BatchReader(cache, missing=missing, check=check)
+    reader = BatchReader(cache, missing=missing, check=check, class_map=class_map)
     choice = choice_of(cache, view=view, views=views, view_order=view_order)
     replay = pipeline_of(cache, augment)
     resolved = ids.resolve(dataset, sample_ids=sample_ids, id_key=id_key)

@@ -13,6 +13,7 @@ from kdcache.format.identity import show_id, show_ids
 from kdcache.store.cache import Cache
 from kdcache.store.rows import TeacherRows
 from kdcache.train.checks import Check, InputCheck, check_labels, label_array
+from kdcache.train.class_map import ClassMap
 
 Missing: TypeAlias = Literal["error", "ce", "skip"]
 
@@ -26,16 +27,23 @@ class BatchReader:
         cache: an open cache.
         missing: what to do about samples that it does not hold.
         check: how far inputs are compared.
+        class_map: of items whose labels are classes of the student, not of the cache.
 
     Raises:
-        UsageError: another `missing` or `check`.
+        UsageError: no cache, another `missing` or `check`.
     """
 
-    def __init__(self, cache: Cache, *, missing: Missing, check: Check) -> None:
+    def __init__(self, cache: Cache, *, missing: Missing, check: Check, class_map: ClassMap | None = None) -> None:
+        if not isinstance(cache, Cache):
+            raise UsageError(
+                f"the cache is a {type(cache).__name__}, expected what kdcache.open returns: it comes second, as in "
+                "kdcache.join(dataset, cache) and kdcache.attach(loader, cache)"
+            )
         if missing not in ("error", "ce", "skip"):
             raise UsageError(f"missing must be error, ce or skip, found {missing!r}")
         self.cache = cache
         self.missing = missing
+        self._class_map = class_map
         self._inputs = InputCheck(cache, check)
         self._slots = {view: slot for slot, view in enumerate(cache.views)}
 
@@ -120,9 +128,10 @@ class BatchReader:
         stored = self.cache.gather(rows)
         if not stored.has_teacher.all():
             stored = replace(stored, sample_id=sample_ids)  # the cache has no id for a row it does not hold
-        check_labels(labels, stored, self.cache.path.name)
+        known = stored if self._class_map is None else self._class_map.with_labels(stored)
+        check_labels(labels, known, self.cache.path.name)
         if partners is not None:
-            self._check_partners(partners, stored)
+            self._check_partners(partners, known)
         if self._inputs.active and input_at is not None:
             compared = label_array(labels) is not None
             self._inputs.compare(self._inputs.choose(sample_ids), input_at, stored, labels_agree=compared)
@@ -133,6 +142,8 @@ class BatchReader:
         if found is None or stored.label_b is None or len(found) != len(stored):
             return
         differs = (found != stored.label_b) & stored.has_teacher
+        if self._class_map is not None:  # the teacher's classes do not hold all labels
+            differs &= stored.label_b != -1
         if differs.any():
             at = int(np.flatnonzero(differs)[0])
             raise MismatchError(
