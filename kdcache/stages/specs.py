@@ -23,8 +23,8 @@ from kdcache.errors import KDCacheError, UsageError
 
 PYTHON = "py"
 PYTHON_USAGE = "[py:]module:factory"
-FILE_SCHEMES = ("pt2",)
-"""Schemes of a teacher whose rest is a file."""
+FILE_SCHEMES = ("pt2", "run")
+"""Schemes of a teacher whose rest is a file or a folder."""
 
 _DOTTED = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
 

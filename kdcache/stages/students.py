@@ -1,4 +1,4 @@
-"""Student SPECs: `mlp:784-128-10`, `cnn:SMALL` or `module:factory`.
+"""Student SPECs: `mlp:784-128-10`, `cnn:SMALL`, `run:FOLDER` or `module:factory`.
 
 The built-in ones are compared with the data and the class count before they are built; what a factory returns is
 judged by its first output, when a run opens it.
@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import math
 import re
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from kdcache.errors import MismatchError, UsageError
+from kdcache.stages import student_of_run
 from kdcache.stages.models import CNN, CNN_WIDTHS, MLP
 from kdcache.stages.specs import PYTHON, Spec, SpecKind, call_factory, describe
 
-STUDENT = SpecKind("student", {"mlp": "mlp:784-128-10", "cnn": f"cnn:{'|'.join(CNN_WIDTHS)}"})
+STUDENT = SpecKind(
+    "student", {"mlp": "mlp:784-128-10", "cnn": f"cnn:{'|'.join(CNN_WIDTHS)}", "run": student_of_run.USAGE}
+)
 
 _WIDTHS = re.compile(r"[1-9]\d{0,7}(-[1-9]\d{0,7})+")
 
@@ -25,8 +29,8 @@ def load_student(text: str, *, num_classes: int | None, example: Any) -> nn.Modu
     """The student that a SPEC names, in training mode, on the CPU, initialised from torch's random state.
 
     Args:
-        text: `mlp:` with the widths of all layers, `cnn:` with a size, or `module:factory`; a factory is called with
-            `num_classes=` if its signature has it.
+        text: `mlp:` with the widths of all layers, `cnn:` with a size, `run:` with the folder of a run, or
+            `module:factory`; a factory is called with `num_classes=` if its signature has it.
         num_classes: C of the cache or the data; None where neither knows it.
         example: inputs of a batch, as a loader collates them: a tensor (N, ...) or a dict. One row is enough.
 
@@ -38,6 +42,8 @@ def load_student(text: str, *, num_classes: int | None, example: Any) -> nn.Modu
     spec = STUDENT.parse(text)
     if spec.scheme == PYTHON:
         return _call_student_factory(spec, num_classes)
+    if spec.scheme == "run":
+        return student_of_run.student_of_run(Path(spec.rest)).module
     if spec.scheme == "mlp":
         return _build_mlp(spec, num_classes, example)
     return _build_cnn(spec, num_classes, example)

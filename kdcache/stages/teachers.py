@@ -1,4 +1,4 @@
-"""Teacher SPECs: `pt2:FILE` or `module:factory`, with `--weights FILE` for a state dict."""
+"""Teacher SPECs: `pt2:FILE`, `run:FOLDER` or `module:factory`, with `--weights FILE` for a state dict."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 from torch import nn
 
 from kdcache.errors import UsageError
-from kdcache.stages import teacher_pt2
+from kdcache.stages import student_of_run, teacher_pt2
 from kdcache.stages.loaded_data import describe_file
 from kdcache.stages.specs import PYTHON, Spec, SpecKind, call_factory, describe, recorded_spec
 from kdcache.stages.weights import load_weights, state_sha256
 
-TEACHER = SpecKind("teacher", {"pt2": teacher_pt2.USAGE})
+TEACHER = SpecKind("teacher", {"pt2": teacher_pt2.USAGE, "run": student_of_run.USAGE})
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +36,8 @@ def load_teacher(text: str, *, weights: Path | None = None) -> LoadedTeacher:
     """The teacher that a SPEC names.
 
     Args:
-        text: `pt2:FILE`, or `module:factory` whose factory returns an `nn.Module` or `(module, transform)`.
+        text: `pt2:FILE`, `run:FOLDER` (see `student_of_run`), or `module:factory` whose factory returns an
+            `nn.Module` or `(module, transform)`.
         weights: a `.safetensors`, `.pt` or `.pth` state dict to fill the module with.
 
     Raises:
@@ -56,6 +57,11 @@ def load_teacher(text: str, *, weights: Path | None = None) -> LoadedTeacher:
         module, transform = _call_teacher_factory(spec)
         provenance: dict[str, Any] = {"spec": recorded_spec(text)}
         max_batch = None
+    elif spec.scheme == "run":
+        found = student_of_run.student_of_run(Path(spec.rest), weights=weights)
+        module, transform, weights, max_batch = found.module, None, None, None
+        provenance = {"spec": recorded_spec(text), "weights": describe_file(found.weights)}
+        provenance["generation"] = found.generation
     else:
         path = Path(spec.rest)
         if weights is not None:

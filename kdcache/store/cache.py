@@ -109,6 +109,14 @@ class Cache:
         self._grid.close()
         self._index = None
 
+    def keep(self) -> None:
+        """Maps every part now, so that reading goes on where somebody removes the files (POSIX keeps what is mapped).
+
+        Raises:
+            IncompleteCacheError, CorruptCacheError: a part is not there, or not the one that the manifest lists.
+        """
+        self._grid.prepare(0, len(self))
+
     @property
     def catalog(self) -> Catalog:
         """What the cache consists of: schema, class list, shards."""
@@ -198,7 +206,7 @@ class Cache:
             names = show_ids(as_sample_ids(sample_ids)[missing[:6]])
             raise CoverageError(
                 f"{self.path.name} does not hold {len(missing)} of the {len(found)} samples asked for: {names}. "
-                "Dump them as well, or choose missing='ce' or 'skip' when joining"
+                "Dump them as well, or choose missing='ce' or 'skip' when joining (--missing ce|skip)"
             )
         return found
 

@@ -7,6 +7,7 @@ of the process, so there is one descriptor a file and process, and it is never c
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -79,6 +80,10 @@ class LockFile:
             with posix.translated("unlock", self._path):
                 fcntl.lockf(self._fd, fcntl.LOCK_UN, 0, 0)
 
+    def close(self) -> None:
+        """Closes the descriptor."""
+        os.close(self._fd)
+
     def _take(self, length: int, start: int) -> bool:
         with posix.translated("lock", self._path):
             try:
@@ -134,3 +139,15 @@ def lock_file(folder: Path) -> LockFile:
             raise
         locks = _OPEN[os.getpid(), status.st_dev, status.st_ino] = LockFile(fd, path)
         return locks
+
+
+def let_go(folder: Path) -> None:
+    """Closes this process's descriptor of a folder that nobody will work on again; its locks go with it.
+
+    One descriptor a folder is no matter for a dump, but for a run that makes a folder every few epochs.
+    """
+    with _GUARD, contextlib.suppress(OSError):
+        status = os.stat(folder / ".lock")
+        known = _OPEN.pop((os.getpid(), status.st_dev, status.st_ino), None)
+        if known is not None:
+            known.close()
