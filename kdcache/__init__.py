@@ -30,10 +30,16 @@ from kdcache.version import __version__
 
 if TYPE_CHECKING:
     from kdcache.format.identity import input_digest
+    from kdcache.stages.calibrate import calibrate
     from kdcache.stages.distill import distill
     from kdcache.stages.distill_options import DistillOptions
+    from kdcache.stages.ensemble_cache import ensemble
     from kdcache.stages.import_cache import import_cache
+    from kdcache.stages.moving_teacher import MovingTeacher
+    from kdcache.stages.peer import Peer
     from kdcache.stages.precompute import precompute
+    from kdcache.stages.refresh import refresh
+    from kdcache.stages.suspects import suspects
     from kdcache.store.cache import Cache, open
     from kdcache.store.card import write_card
     from kdcache.store.convert import convert
@@ -61,14 +67,18 @@ __all__ = [
     "LogitsError",
     "MismatchError",
     "MissingExtraError",
+    "MovingTeacher",
+    "Peer",
     "StorageError",
     "TeacherRows",
     "UsageError",
     "Writer",
     "__version__",
     "attach",
+    "calibrate",
     "convert",
     "distill",
+    "ensemble",
     "export",
     "import_cache",
     "input_digest",
@@ -77,6 +87,8 @@ __all__ = [
     "merge",
     "open",
     "precompute",
+    "refresh",
+    "suspects",
     "verify",
     "views",
     "with_ids",
@@ -87,11 +99,15 @@ _HOMES = {
     "Cache": "kdcache.store.cache",
     "DistillOptions": "kdcache.stages.distill_options",
     "DistillationLoss": "kdcache.train.criterion",
+    "MovingTeacher": "kdcache.stages.moving_teacher",
+    "Peer": "kdcache.stages.peer",
     "TeacherRows": "kdcache.store.rows",
     "Writer": "kdcache.store.writer",
     "attach": "kdcache.train.attach",
+    "calibrate": "kdcache.stages.calibrate",
     "convert": "kdcache.store.convert",
     "distill": "kdcache.stages.distill",
+    "ensemble": "kdcache.stages.ensemble_cache",
     "export": "kdcache.store.export",
     "import_cache": "kdcache.stages.import_cache",
     "input_digest": "kdcache.format.identity",
@@ -100,6 +116,8 @@ _HOMES = {
     "merge": "kdcache.store.merge",
     "open": "kdcache.store.cache",
     "precompute": "kdcache.stages.precompute",
+    "refresh": "kdcache.stages.refresh",
+    "suspects": "kdcache.stages.suspects",
     "verify": "kdcache.store.verify",
     "views": "kdcache.train.views",
     "with_ids": "kdcache.train.with_ids",

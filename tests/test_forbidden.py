@@ -61,6 +61,7 @@ ALLOWED: dict[str, dict[str, str]] = {
     "kdcache/store/mapping.py": {"ctypes": "mmap and madvise of the C library"},
     "kdcache/store/posix.py": {"ctypes": "sync_file_range of the C library"},
     "kdcache/train/rows.py": {"multiprocessing": "how rows reach the process that asked a worker for them"},
+    "kdcache/stages/sweep_workers.py": {"subprocess": "the processes of a sweep, of this package, without a shell"},
     "kdcache/stages/teacher_pt2.py": {"torch.export.load": "after pt2_program has looked at every text"},
 }
 

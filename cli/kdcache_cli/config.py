@@ -43,10 +43,12 @@ def load_defaults(path: Path, ctx: click.Context) -> dict[str, Any]:
             raise UsageError(f"--config {path}: found {name!r}, expected a table named as a command: {commands}.")
     options = settings_of(ctx.command)
     defaults: dict[str, Any] = {}
-    for key, value in tables.get(str(ctx.command.name), {}).items():
+    for key, given in tables.get(str(ctx.command.name), {}).items():
         option = options.get(key.replace("_", "-"))
         if option is None:
             raise UsageError(f"--config {path}: [{ctx.command.name}] has no option {key!r}, only {sorted(options)}.")
+        takes_one = isinstance(given, str) and getattr(option, "takes_one", False)
+        value = [given] if takes_one else given
         if isinstance(value, dict) or isinstance(value, list) != option.multiple:
             wanted = "a list" if option.multiple else "a single value"
             raise UsageError(f"--config {path}: [{ctx.command.name}] {key} = {value!r}, expected {wanted}.")

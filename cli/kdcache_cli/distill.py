@@ -18,6 +18,7 @@ from kdcache_cli.output import emit, is_first_process
         "kdcache distill --cache teacher.h5 --student mlp:64-32-10 --data digits:train --val digits:test --out runs/a",
         "kdcache distill --student mlp:64-32-10 --data digits:train --alpha 0 --out runs/labels-only",
         "kdcache distill --config run.toml --ce-weight 1 --kd-weight 1 --loss dkd:beta=8 --loss 'js:beta=0.1*0.5'",
+        "kdcache distill --config run.toml --classes map.json --novel restricted",
         "torchrun --nproc-per-node 2 -m kdcache distill --config run.toml",
     ),
 )
@@ -25,8 +26,8 @@ def command(as_json: bool, **options: Any) -> None:
     """Train a student on labels and the teacher's stored logits; the teacher is not loaded.
 
     The loss is (1-alpha)*CE + alpha*temperature^2*KL(teacher || student), or with --loss other losses in the place of
-    the KL: kl, reverse_kl, soft_ce, js, dkd, dist, standardized_kd, mse. The same command with --resume goes on
-    after an interruption, with the same weights as a run without one.
+    the KL: kl, reverse_kl, soft_ce, js, dkd, dist, standardized_kd, mse, spread_kl. The same command with --resume
+    goes on after an interruption, with the same weights as a run without one.
     """
     asked = resolve(DistillOptions(**options))  # usage errors come before torch is imported
     if asked.out is None:

@@ -38,18 +38,20 @@ def command(as_json: bool, **options: Any) -> None:
 
     result = summary(kdcache.precompute(options=asked))
     if is_first_process(slurm=True):
-        emit(result, as_json=as_json, text=cost_text(result) if options["dry_run"] else done_text(result))
+        emit(result, as_json=as_json, text=cost_text(result) if asked.dry_run else done_text(result))
 
 
 def done_text(result: Mapping[str, Any]) -> str:
     """What was done, for people."""
+    times = f" x {result['views']} views" if result["views"] > 1 else ""
     lines = [
-        f"{result['path']}: {result['samples']:,} samples, {size_text(result['bytes'])}",
+        f"{result['path']}: {result['samples']:,} samples{times}, {size_text(result['bytes'])}",
         f"computed here: {result['computed']:,} rows in {time_text(result['seconds'])} "
         f"({result['rows_per_second']:,.0f} rows/s)"
         if result["computed"]
         else "computed here: nothing, all of it was there",
     ]
+    lines += [f"note: {note}" for note in result["notes"]]
     if result["growth"] is not None:
         lines.append(growth_text(result["growth"]))
     if result["finished"]:
@@ -68,7 +70,7 @@ def growth_text(growth: Mapping[str, Any]) -> str:
     return (
         f"{text}\nlabels changed: {growth['labels_changed']:,} of the {growth['labels_compared']:,} compared "
         f"({', '.join(map(str, growth['changed_ids']))}{more}). The cache keeps the labels that it has, and a run "
-        "stops at a sample whose two labels differ; --overwrite makes a dump with the new labels"
+        "stops at a sample whose two labels differ; `kdcache convert --labels FILE.csv` makes one with the new labels"
     )
 
 

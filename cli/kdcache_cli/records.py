@@ -21,11 +21,12 @@ TYPES: dict[str, click.ParamType[Any]] = {
 
 
 class RecordOption(click.Option):
-    """An option that knows under which heading of the help it belongs."""
+    """An option that knows under which heading of the help it belongs, and whether a file may give it as one value."""
 
-    def __init__(self, *args: Any, group: str, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, group: str, takes_one: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.group = group
+        self.takes_one = takes_one
 
 
 def record_options(record: type[Any]) -> list[click.Parameter]:
@@ -34,8 +35,10 @@ def record_options(record: type[Any]) -> list[click.Parameter]:
 
 
 def _option(field: dataclasses.Field[Any]) -> RecordOption:
-    kind = str(field.type).removesuffix(" | None")
+    declared = str(field.type).removesuffix(" | None")
+    kind = declared.removesuffix(" | str")
     is_flag, repeats = kind == "bool", kind.startswith("tuple[")
+    takes_one = repeats and kind != declared
     kind = kind.removeprefix("tuple[").removesuffix(", ...]")
     choices = field.metadata.get("choices")
     settings: dict[str, Any] = (
@@ -44,6 +47,7 @@ def _option(field: dataclasses.Field[Any]) -> RecordOption:
     return RecordOption(
         [f"--{field.name.replace('_', '-')}", field.name],
         group=field.metadata["group"],
+        takes_one=takes_one,
         default=field.default,
         multiple=repeats,
         show_default=not is_flag and not repeats and field.default is not None,

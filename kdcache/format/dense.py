@@ -70,4 +70,8 @@ class Dense(Encoding):
 
     def flaw(self, arrays: dict[str, np.ndarray]) -> str | None:
         """A largest logit that is not finite."""
-        return "row_max is infinite" if self.stored == "float16" and np.isinf(arrays["row_max"]).any() else None
+        if self.stored == "float16" and np.isinf(arrays["row_max"]).any():
+            return "row_max is infinite"
+        logits = arrays["logits"]
+        masked = np.flatnonzero(np.isneginf(logits[:, 0]).reshape(len(logits), -1).any(axis=1))  # few, if any
+        return "a row holds -inf alone" if np.isneginf(logits[masked].max(axis=1)).any() else None

@@ -11,6 +11,7 @@ from kdcache.format.dense import Dense
 from kdcache.format.encoding import Encoding
 from kdcache.format.factored import Factored
 from kdcache.format.quantized import Quantized
+from kdcache.format.soft_targets import SoftTargets
 from kdcache.format.topk import DEFAULT_TEMPERATURES, TopK, check_temperatures
 
 DTYPES = (*dense.DTYPES, *quantized.LEVELS)
@@ -19,6 +20,7 @@ _FIELDS = {
     "dense": _BASE,
     "factored": _BASE | {"features", "head"},
     "topk": _BASE | {"k", "temperatures", "labels"},
+    "soft_targets": _BASE | {"k", "temperature"},
 }
 
 
@@ -64,6 +66,15 @@ class EncodingChoice:
             return TopK(row_shape, kept, self._temperatures, labels if len(row_shape) == 1 else 0)
         return Dense(row_shape, self.dtype) if self.dtype in dense.DTYPES else Quantized(row_shape, self.dtype)
 
+    def note(self, classes: int) -> str | None:
+        """What should be known of this choice for a teacher of so many classes; None where nothing is."""
+        if self.top_k is None or self.top_k <= classes:
+            return None
+        return (
+            f"--top-k {self.top_k} is more than the {classes} classes: each row keeps all of them, which --dtype "
+            "float16 stores in fewer bytes"
+        )
+
     @property
     def _temperatures(self) -> tuple[float | str, ...]:
         return DEFAULT_TEMPERATURES if self.temperatures is None else self.temperatures
@@ -87,6 +98,8 @@ def encoding_from_json(value: Any) -> Encoding:
         raise UsageError(f"the encoding {name} needs exactly {', '.join(sorted(_FIELDS[name]))}, found {value!r:.200}")
     if name == "topk":
         return _top_k(value, tuple(shape))
+    if name == "soft_targets":
+        return _soft_targets(value, tuple(shape))
     if name == "factored":
         if dtype != "float16":
             raise UsageError(f"dtype {dtype!r:.80} is not known; the encoding factored stores float16")
@@ -105,3 +118,12 @@ def _top_k(value: dict[str, Any], shape: tuple[int, ...]) -> TopK:
     if not isinstance(temperatures, list) or any(type(t) not in (float, str) for t in temperatures):
         raise UsageError(f"temperatures of an encoding must be a list of fractions, found {temperatures!r:.200}")
     return TopK(shape, k, tuple(temperatures), labels)
+
+
+def _soft_targets(value: dict[str, Any], shape: tuple[int, ...]) -> SoftTargets:
+    k, temperature, dtype = value["k"], value["temperature"], value["dtype"]
+    if type(k) is not int or type(temperature) is not float or not isinstance(dtype, str):
+        raise UsageError(
+            f"soft targets need k, an integer, and temperature, a fraction; found {k!r:.80} and {temperature!r:.80}"
+        )
+    return SoftTargets(shape, temperature, k, dtype)

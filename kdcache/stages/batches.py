@@ -27,17 +27,20 @@ class Batch:
         inputs: what the model is called with: a tensor, or a dict of keyword arguments.
         labels: (N, ...) int64, -1 = none, or those of mixed views; None where the items have none.
         teacher: the N cached rows; None without a cache.
+        teacher_classes: the student's classes over which losses against the teacher are taken, None = all.
     """
 
     inputs: Any
     labels: Labels | None
     teacher: TeacherRows | None
+    teacher_classes: tuple[int, ...] | None = None
 
     def taught(self, teaching: Teaching | None, *, step: int) -> Batch:
         """The batch with the teacher rows that losses, policies and metrics are given."""
         if teaching is None or self.teacher is None:
             return self
-        return replace(self, teacher=teaching.rows(self.teacher, self.labels, step=step))
+        rows = teaching.rows(self.teacher, self.labels, step=step)
+        return replace(self, teacher=rows, teacher_classes=teaching.teacher_classes)
 
     def to(self, device: torch.device, *, num_classes: int) -> Batch:
         """The batch on a device; from pinned memory the copy does not wait.

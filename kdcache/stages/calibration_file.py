@@ -100,6 +100,16 @@ def save_calibration(path: Path, stored: StoredCalibration, *, overwrite: bool) 
         raise UsageError(f"{path} exists; pass --overwrite to replace it, or another -o FILE")
 
 
+def read_calibration(path: str | Path) -> StoredCalibration:
+    """What a file holds, of whatever cache it is.
+
+    Raises:
+        CorruptCacheError: not what `kdcache calibrate` wrote.
+        IncompleteCacheError: no such file.
+    """
+    return _parse(Path(path))
+
+
 def load_calibration(path: str | Path, cache: Cache) -> StoredCalibration:
     """The calibration of a cache.
 

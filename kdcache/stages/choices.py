@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 AMP = ("none", "bf16", "fp16")
 OPTIMIZERS = ("sgd", "adamw")
+NOVEL = ("restricted", "bucket")
 SCHEDULES = ("cosine", "constant", "step")
 DEFAULT_LR = {"sgd": 0.1, "adamw": 1e-3}
 DEFAULT_WEIGHT_DECAY = {"sgd": 5e-4, "adamw": 1e-2}

@@ -58,7 +58,7 @@ def _load_from_factory(spec: Spec) -> LoadedData:
     rows = _check_map_style(dataset, spec.rest)
     check_not_empty(rows, name=spec.rest)
     sample_ids = _sample_ids(dataset, rows, spec.rest)
-    classes = _classes(dataset, spec.rest)
+    classes = class_names(dataset, spec.rest)
     num_classes = len(classes) if classes is not None else getattr(dataset, "num_classes", None)
     if not isinstance(num_classes, int):
         num_classes = None
@@ -111,7 +111,7 @@ def _sample_ids(dataset: object, rows: int, name: str) -> np.ndarray | None:
     return sample_ids
 
 
-def _classes(dataset: object, name: str) -> tuple[str, ...] | None:
+def class_names(dataset: object, name: str) -> tuple[str, ...] | None:
     """The `classes` of a data set, as torchvision has them; anything else of that name is not ours to judge."""
     classes = getattr(dataset, "classes", None)
     if not isinstance(classes, (list, tuple)) or not all(isinstance(entry, str) for entry in classes):

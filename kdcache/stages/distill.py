@@ -8,9 +8,9 @@ A run stops between two steps only, and goes on from there with the same weights
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from kdcache.errors import InterruptedRunError, KDCacheError, UsageError
 from kdcache.format.identity import as_root
 from kdcache.stages import checkpoint
 from kdcache.stages.amp import grad_scaler
+from kdcache.stages.asked_caches import Caches, asked_caches
+from kdcache.stages.class_maps import novel_record, with_classes
 from kdcache.stages.devices import torch_threads
 from kdcache.stages.distill_inputs import (
     Source,
@@ -32,10 +34,15 @@ from kdcache.stages.distill_inputs import (
     with_calibration,
 )
 from kdcache.stages.distill_loop import RunJob, train
-from kdcache.stages.distill_options import DistillOptions, portable, resolve
+from kdcache.stages.distill_options import DistillOptions, portable, resolve, several
+from kdcache.stages.ensemble_inputs import at_run_temperature, with_teachers
+from kdcache.stages.final_measures import final_measures
+from kdcache.stages.label_fraction import with_label_fraction
 from kdcache.stages.loaded_data import LoadedData
 from kdcache.stages.loss_options import needs_teacher
 from kdcache.stages.metrics import MetricsLog
+from kdcache.stages.models import CNN, MLP
+from kdcache.stages.moving_teacher import Refresh
 from kdcache.stages.objective import build_objective
 from kdcache.stages.optim import Schedule, build_optimizer
 from kdcache.stages.order import Order
@@ -46,10 +53,10 @@ from kdcache.stages.resuming import check_same_run, restore_run
 from kdcache.stages.run_record import check_folder, describe_source, now, prepare_folder, read_record, write_record
 from kdcache.stages.signals import StopRequest, graceful_signals
 from kdcache.stages.specs import one_line
-from kdcache.stages.student_views import view_settings
+from kdcache.stages.student_views import view_settings, views_line
+from kdcache.stages.switching import asked_refresh, check_refresh, shown
 from kdcache.stages.tail_note import tail_lines
 from kdcache.stages.training import State, Trainer
-from kdcache.store.cache import Cache
 from kdcache.store.posix import exists, translated, unlink
 from kdcache.store.versions import versions
 from kdcache.train.cache_views import Augment
@@ -57,7 +64,6 @@ from kdcache.train.cache_views import Augment
 RANK_SEED_STEP = 1_000_003  # dropout differs between ranks
 
 Data = str | Dataset[Any] | LoadedData
-CachePath = str | os.PathLike[str] | Cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,9 +93,10 @@ def distill(
     student: nn.Module | None = None,
     data: Data | None = None,
     val: Data | None = None,
-    cache: CachePath | None = None,
-    val_cache: CachePath | None = None,
+    cache: Caches | None = None,
+    val_cache: Caches | None = None,
     augment: Augment | None = None,
+    refresh: Refresh | None = None,
 ) -> RunResult:
     """Trains a student; objects given here take the place of the options of the same name.
 
@@ -101,16 +108,47 @@ def distill(
         student: trained in place.
         data: a map-style data set whose items are (x, label), dicts or bare x, a SPEC, or what `load_data` gives.
         val: held-out data of the same kind.
-        cache: of the teacher's rows for `data`.
-        val_cache: of the teacher's rows for `val`.
+        cache: of the teacher's rows for `data`, open or by its path; a list of them for several teachers.
+        val_cache: of the teacher's rows for `val`, likewise.
         augment: of the training inputs: a pipeline by name, a transform, or what `kdcache.views` makes of it. With a
             cache, that of its dump; one that the cache names may be left out.
+        refresh: gives another cache every n epochs, such as a `MovingTeacher`; without a first `cache` labels teach
+            alone until then.
 
     Raises:
         UsageError: options that cannot be meant, or an `out` that holds a run.
         MismatchError: student, data, cache or the run to resume do not belong together.
         InterruptedRunError: SIGINT or SIGTERM; the run is saved and resumable.
         KDCacheError: the loss is not finite.
+    """
+    with prepared_run(
+        options,
+        student=student,
+        data=data,
+        val=val,
+        cache=cache,
+        val_cache=val_cache,
+        augment=augment,
+        refresh=refresh,
+    ) as (job, stop):
+        return _run(job, stop)
+
+
+@contextlib.contextmanager
+def prepared_run(
+    options: DistillOptions,
+    *,
+    student: nn.Module | None = None,
+    data: Data | None = None,
+    val: Data | None = None,
+    cache: Caches | None = None,
+    val_cache: Caches | None = None,
+    augment: Augment | None = None,
+    refresh: Refresh | None = None,
+) -> Iterator[tuple[RunJob, StopRequest]]:
+    """The run that `distill` would make of these arguments, with everything that it can refuse refused.
+
+    Inside the block the generators, the threads and the signals are the run's. Nothing is written.
     """
     options = resolve(options)
     # Without a folder nothing could be saved, so a signal then means what it always does.
@@ -123,13 +161,19 @@ def distill(
     ):
         if ranks.is_first and options.out is not None:
             check_folder(Path(options.out), resume=options.resume, overwrite=options.overwrite)
-        train_data, train_cache = _chosen("data", data, options), cache or options.cache
+        train_data = _chosen("data", data, options)
+        asked = asked_caches(cache, several(options.cache), option="--cache")
+        asked_val = asked_caches(val_cache, several(options.val_cache), option="--val-cache")
         settings = view_settings(options, augment)
-        if options.expect_root is not None and train_cache is None:
-            raise UsageError("--expect-root without --cache: there is nothing that could have that root hash")
+        if options.expect_root is not None and len(asked) != 1:
+            if not asked:
+                raise UsageError("--expect-root without --cache: there is nothing that could have that root hash")
+            raise UsageError(
+                f"--expect-root is of one cache, and --cache names {len(asked)}: check each with `kdcache verify`"
+            )
         source = open_source(
             train_data,
-            train_cache,
+            asked[0].cache if asked else None,
             missing=options.missing,
             name="training",
             settings=settings,
@@ -137,20 +181,30 @@ def distill(
         )
         held_out = None
         if val is not None or options.val is not None:
-            val_data, held_out_cache = _chosen("val", val, options), val_cache or options.val_cache
+            val_data, held_out_cache = _chosen("val", val, options), asked_val[0].cache if asked_val else None
             held_out = open_source(val_data, held_out_cache, missing="error", name="validation")
-        elif val_cache is not None or options.val_cache is not None:
+        elif asked_val:
             raise UsageError("--val-cache without --val: give the data that it was dumped from, or leave it out")
-        check_signal(source, held_out, options)
+        source, held_out = with_teachers(source, held_out, asked, asked_val, options)
+        check_signal(source, held_out, options, refreshed=refresh is not None or options.refresh_every is not None)
+        refresh = asked_refresh(refresh, source, options)
+        check_refresh(refresh, source, options, caches=len(asked))
+        source = with_label_fraction(source, options)
         check_policies(row_policies(options), source)
         source, held_out = with_calibration(source, held_out, options)
-        tail = tail_lines(source, options) if needs_teacher(options) else []
+        source, held_out = with_classes(source, held_out, options)
+        # Of several teachers, soft targets are exact or refused.
+        one_teacher = source.cache is not None and source.teachers is None
+        tail = tail_lines(source, options) if needs_teacher(options) and one_teacher else []
         net, width = open_student(student, source, options, ranks.device)
         check_held_out(held_out, width)
         ranks.copy_from_first([*net.parameters(), *net.buffers()])
         checkpoint.seed_generators((options.seed + RANK_SEED_STEP * ranks.rank) % 2**63)
         trainer = _build_trainer(net, width, (source, held_out), options, ranks)
-        return _run(RunJob(options, trainer, source, held_out, tuple(tail)), stop)
+        if refresh is not None and refresh.ema is not None:
+            refresh.ema.begin(net)
+            trainer = replace(trainer, ema=refresh.ema)
+        yield RunJob(options, trainer, source, held_out, tuple(tail), refresh, settings), stop
 
 
 def _build_trainer(
@@ -176,6 +230,7 @@ def _build_trainer(
         momentum=options.momentum,
         weight_decay=options.weight_decay,
     )
+    objective = build_objective(options, total_steps=total_steps)
     return Trainer(
         student=net,
         num_classes=width,
@@ -183,15 +238,17 @@ def _build_trainer(
         optimizer=optimizer,
         scaler=grad_scaler(options.amp, ranks.device),
         schedule=Schedule(options.schedule, options.lr, total_steps, options.warmup),
-        objective=build_objective(options, total_steps=total_steps),
+        objective=objective,
         order=order,
         team=ranks,
         amp=options.amp,
         clip_norm=options.clip_norm,
         has_teacher=train.cache is not None,
         policies=row_policies(options),
-        teaching=train.teaching,
+        teaching=at_run_temperature(train.teaching, objective),
         held_out_teaching=None if held_out is None else held_out.teaching,
+        labels=train.labels,
+        counts_novel=train.classes is not None and bool(train.classes.classes.novel),
     )
 
 
@@ -228,9 +285,11 @@ def _run(job: RunJob, stop: StopRequest) -> RunResult:
         if folder is not None:
             write_record(folder, {**record, "status": "interrupted", **_results(job, state)})
         raise
-    record = {**record, "status": "done", "finished": now(), **_results(job, state)}
     if folder is not None:
         checkpoint.save(folder / checkpoint.LAST_NAME, checkpoint.state_dict(job.trainer.student))
+    measures = {} if out is None else {"measures": final_measures(job, state)}
+    record = {**record, "status": "done", "finished": now(), **_results(job, state), **measures}
+    if folder is not None:
         write_record(folder, record)
         with translated("remove", folder / checkpoint.RESUME_NAME):
             unlink(folder / checkpoint.RESUME_NAME)
@@ -260,12 +319,15 @@ def _new_record(job: RunJob) -> dict[str, Any]:
         "options": portable(job.options),
         "formula": trainer.objective.formula,
         "calibration": None if job.source.calibration is None else job.source.calibration.describe(),
+        **({} if job.source.classes is None else {"classes": job.source.classes.describe()}),
         "student": {
             "spec": portable(job.options)["student"] or type(trainer.student).__name__,
             "classes": trainer.num_classes,
             "parameters": sum(parameter.numel() for parameter in trainer.student.parameters()),
+            "recipe": trainer.student.recipe if isinstance(trainer.student, MLP | CNN) else None,
         },
         "data": describe_source(job.source),
+        **({} if job.source.labels is None else {"labels": job.source.labels.describe()}),
         "val": None if job.held_out is None else describe_source(job.held_out),
         "total_steps": job.total_steps,
         "steps_per_epoch": trainer.order.steps_per_epoch,
@@ -279,7 +341,12 @@ def _new_record(job: RunJob) -> dict[str, Any]:
 
 def _results(job: RunJob, state: State) -> dict[str, Any]:
     results = {"steps": state.step, "train_seconds": round(state.seconds, 3), "last": state.last, "best": state.best}
-    return {**results, **policy_record(job.trainer.policies, state.policy_rows)}
+    return {
+        **results,
+        **policy_record(job.trainer.policies, state.policy_rows),
+        **novel_record(job.source, state.novel_rows),
+        **shown(state.versions, job.refresh),
+    }
 
 
 def _announce(job: RunJob, state: State) -> None:
@@ -292,17 +359,20 @@ def _announce(job: RunJob, state: State) -> None:
     if calibration is not None:
         divisor = calibration.calibration.temperature
         lines.append(f"the teacher's logits are calibrated first ({calibration.method}): divided by {divisor:.4g}")
+    lines += [] if job.source.teachers is None else job.source.teachers.notes
+    lines += [] if job.source.classes is None else [job.source.classes.note]
     lines += job.tail
+    if job.refresh is not None:
+        first = "; labels alone until then" if job.source.cache is None else ""
+        lines.append(f"another version of the teacher every {job.refresh.every} epochs{first}")
+    lines += [] if job.source.labels is None else [job.source.labels.note]
     if not needs_teacher(job.options) and job.source.cache is not None and not job.options.hard_targets:
         lines.append("rows without a label learn from the teacher all the same; leave out --cache for labels only")
     lines.append(
         f"{len(order.positions):,} rows, {order.steps_per_epoch:,} steps an epoch, {job.total_steps:,} steps in all"
         + (f"; going on after step {state.step:,}" if state.step else "")
     )
-    views = job.source.views
-    if views is not None:
-        count = "a new view each epoch" if views["views"] is None else f"{len(views['views'])} view(s)"
-        lines.append(f"inputs in views of {views['augment']} (seed {views['seed']}): {count}, {views['order']} order")
+    lines += [] if job.source.views is None else [views_line(job.source.views, job.source.cache)]
     print("\n".join(lines), file=sys.stderr, flush=True)
 
 

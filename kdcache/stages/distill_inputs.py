@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -17,12 +17,16 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from kdcache.errors import DataError, MismatchError, UsageError
+from kdcache.format.encoding import Encoding
 from kdcache.format.identity import ids_sha256
 from kdcache.stages.batches import Batch, take_apart
 from kdcache.stages.calibration_file import StoredCalibration, load_calibration
 from kdcache.stages.calling import call_model
-from kdcache.stages.data import LoadedData, load_data
-from kdcache.stages.distill_options import DistillOptions
+from kdcache.stages.choices import NOVEL
+from kdcache.stages.class_map_file import StoredClassMap
+from kdcache.stages.data import LoadedData, class_names, load_data
+from kdcache.stages.distill_options import DistillOptions, several
+from kdcache.stages.label_fraction import LabelChoice
 from kdcache.stages.loss_options import check_encoding, needs_teacher
 from kdcache.stages.signals import shield_worker
 from kdcache.stages.student_views import ViewSettings, describe_views, in_views, refuse_views
@@ -37,6 +41,9 @@ from kdcache.train.ids import length, resolve
 from kdcache.train.reading import Missing
 from kdcache.train.teaching import OneTeacher, Teaching
 from kdcache.train.with_ids import IdentifiedDataset
+
+if TYPE_CHECKING:
+    from kdcache.stages.ensemble_inputs import Teachers
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +61,10 @@ class Source:
         items: the data set with ids and in views; None where neither a cache nor an augmentation needs them.
         views: what is known of the views, for the run record; None for inputs as they are.
         calibration: of the cache's teacher; None for logits as they are.
+        labels: which of its labels are learnt; None = all.
+        class_names: ordered names of its classes, None where it has none.
+        classes: what its classes are to the cache's teacher; None where they are the same.
+        teachers: several, of which `cache` is the first one's; None for one.
     """
 
     name: str
@@ -66,11 +77,35 @@ class Source:
     items: IdentifiedDataset | None = None
     views: dict[str, Any] | None = None
     calibration: StoredCalibration | None = None
+    labels: LabelChoice | None = None
+    class_names: tuple[str, ...] | None = None
+    classes: StoredClassMap | None = None
+    teachers: Teachers | None = None
+
+    @property
+    def encoding(self) -> Encoding:
+        """Of the rows that the losses see; there is a cache."""
+        assert self.cache is not None
+        return self.cache.encoding if self.teachers is None else self.teachers.ensemble.encoding
 
     @property
     def teaching(self) -> Teaching | None:
         """What is done to the rows of its cache before a loss sees them."""
-        return None if self.calibration is None else OneTeacher(self.calibration.calibration)
+        if self.teachers is not None:
+            return self.teachers.ensemble
+        if self.calibration is None and self.classes is None:
+            return None
+        calibration = None if self.calibration is None else self.calibration.calibration
+        if self.classes is None:
+            return OneTeacher(calibration)
+        return OneTeacher(calibration, self.classes.classes, restricted=self.classes.novel == NOVEL[0])
+
+    @property
+    def taught_classes(self) -> int | None:
+        """Number of classes of the rows that the losses see; None without a cache."""
+        if self.cache is None:
+            return None
+        return self.cache.num_classes if self.classes is None else self.classes.classes.num_classes
 
     @property
     def loaded(self) -> Any:
@@ -114,13 +149,27 @@ def open_source(
         classes = getattr(loaded, "num_classes", None)
         rows = length(loaded)
         loaded = LoadedData(
-            loaded, name, classes if isinstance(classes, int) else None, None, None, {"name": name, "rows": rows}
+            loaded,
+            name,
+            classes if isinstance(classes, int) else None,
+            class_names(loaded, name),
+            None,
+            {"name": name, "rows": rows},
         )
     positions = np.arange(length(loaded.dataset), dtype=np.int64)
     if not len(positions):
         raise DataError(f"the {name} data has no rows; a run needs at least one")
     if cache is None:
-        source = Source(name, loaded.dataset, None, positions, None, loaded.num_classes, loaded.provenance)
+        source = Source(
+            name,
+            loaded.dataset,
+            None,
+            positions,
+            None,
+            loaded.num_classes,
+            loaded.provenance,
+            class_names=loaded.classes,
+        )
         return source if settings is None else _with_views(source, loaded.sample_ids, settings)
     opened = cache if isinstance(cache, Cache) else open_cache(cache, expect_root=expect_root)
     if expect_root is not None and opened.root != expect_root:
@@ -137,7 +186,16 @@ def open_source(
         positions = np.flatnonzero(found >= 0)
         if not len(positions):
             raise DataError(f"{opened.path.name} holds none of the {len(ids)} samples of the {name} data; none is left")
-    source = Source(name, loaded.dataset, ids, positions, opened, loaded.num_classes, loaded.provenance)
+    source = Source(
+        name,
+        loaded.dataset,
+        ids,
+        positions,
+        opened,
+        loaded.num_classes,
+        loaded.provenance,
+        class_names=loaded.classes,
+    )
     if settings is None:
         refuse_views(opened, name=name)
         settings = ViewSettings(None, None, "epoch", None, 0)
@@ -163,11 +221,14 @@ def with_calibration(source: Source, held_out: Source | None, options: DistillOp
         MismatchError: it is of another cache.
         CorruptCacheError: not what `kdcache calibrate` wrote.
     """
-    if options.calibration is None:
+    files = several(options.calibration)
+    if not files or source.teachers is not None:
         return source, held_out
     if source.cache is None:
         raise UsageError("--calibration divides the teacher's logits; give --cache, or leave it out")
-    found = load_calibration(options.calibration, source.cache)
+    if len(files) > 1:
+        raise UsageError(f"--calibration is given {len(files)} times, for a single --cache: give the one of that cache")
+    found = load_calibration(files[0], source.cache)
     if held_out is not None and held_out.cache is not None:
         check_serves(found.calibration, held_out.cache.encoding)
         held_out = replace(held_out, calibration=found)
@@ -196,7 +257,8 @@ def build_loader(source: Source, batch_sampler: Any, options: DistillOptions, ge
         return loader
     # Rows to skip are not among the positions; the data set still has them.
     missing: Missing = "error" if options.missing == "error" else "ce"
-    return attach(loader, source.cache, missing=missing, check=cast("Check", options.check))
+    class_map = None if source.classes is None else source.classes.classes
+    return attach(loader, source.cache, missing=missing, check=cast("Check", options.check), class_map=class_map)
 
 
 def example_batch(source: Source) -> Batch:
@@ -217,7 +279,7 @@ def open_student(
         MismatchError: another number of classes than the cache or the data.
     """
     example = example_batch(source)
-    known = source.num_classes if source.cache is None else source.cache.num_classes
+    known = source.num_classes if source.cache is None else source.taught_classes
     if given is not None:
         student = given
     elif options.student is not None:
@@ -235,18 +297,26 @@ def open_student(
     width = logits.shape[1]
     if options.init is not None:
         load_weights(student, Path(options.init))
-    if source.cache is not None and width != source.cache.num_classes:
+    if source.classes is not None and width != known:
+        raise MismatchError(f"the student has {width} classes, by --classes {source.classes.source} it has {known}")
+    if source.cache is not None and width != known:
         raise MismatchError(
-            f"the student has {width} classes, the teacher of {source.cache.path.name} has {source.cache.num_classes}: "
-            "give the student the teacher's classes, in the teacher's order"
+            f"the student has {width} classes, the teacher of {source.cache.path.name} has {known}: give the student "
+            "the teacher's classes, in the teacher's order, or say with --classes which is which"
         )
     if known is not None and width < known:
         raise MismatchError(f"the student has {width} classes, the {source.name} data has {known}")
     return student.train(), width
 
 
-def check_signal(source: Source, held_out: Source | None, options: DistillOptions) -> None:
+def check_signal(source: Source, held_out: Source | None, options: DistillOptions, *, refreshed: bool = False) -> None:
     """Refuses runs that have nothing to learn from or to measure, or would leave out a term without a word.
+
+    Args:
+        source: of the training.
+        held_out: of the validation.
+        options: of the run.
+        refreshed: a teacher comes later, and until then labels teach alone.
 
     Raises:
         UsageError: alpha above 0 or hard targets without a cache, or neither labels nor a teacher.
@@ -254,8 +324,8 @@ def check_signal(source: Source, held_out: Source | None, options: DistillOption
     if source.cache is None and options.hard_targets:
         raise UsageError("--hard-targets needs the teacher's logits; give --cache")
     if source.cache is not None:
-        check_encoding(options, source.cache.encoding)
-    if source.cache is None and needs_teacher(options):
+        check_encoding(options, source.encoding, follows=source.teachers is not None)
+    if source.cache is None and needs_teacher(options) and not refreshed:
         asked = f"--alpha {options.alpha:g}" if options.alpha else f"--alpha-schedule {options.alpha_schedule}"
         raise UsageError(f"{asked} needs the teacher's logits; give --cache, or --alpha 0 for labels only")
     if source.cache is None and example_batch(source).labels is None:
@@ -270,8 +340,8 @@ def check_held_out(held_out: Source | None, width: int) -> None:
     Raises:
         MismatchError: another number of classes.
     """
-    if held_out is not None and held_out.cache is not None and held_out.cache.num_classes != width:
+    if held_out is not None and held_out.cache is not None and held_out.taught_classes != width:
         raise MismatchError(
             f"the student has {width} classes, the teacher of {held_out.cache.path.name} (--val-cache) has "
-            f"{held_out.cache.num_classes}: dump the validation data with the same teacher"
+            f"{held_out.taught_classes}: dump the validation data with the same teacher"
         )

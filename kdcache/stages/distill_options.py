@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kdcache.errors import UsageError
 from kdcache.format.schema import MAX_VIEWS
-from kdcache.stages.choices import AMP, DEFAULT_LR, DEFAULT_WEIGHT_DECAY, OPTIMIZERS, SCHEDULES, listed
-from kdcache.stages.loss_options import DEFAULT_ALPHA, DEFAULT_LOSS, check_losses, resolve_alpha
+from kdcache.stages.choices import AMP, DEFAULT_LR, DEFAULT_WEIGHT_DECAY, NOVEL, OPTIMIZERS, SCHEDULES, listed
+from kdcache.stages.loss_options import DEFAULT_ALPHA, DEFAULT_LOSS, DEFAULT_TEMPERATURE, check_losses, resolve_alpha
 from kdcache.stages.option import flag, option
 from kdcache.stages.policy_options import row_policies
+from kdcache.train.ensemble_rules import parse_rule
 from kdcache.train.policy_names import CONFIDENCE_POLICIES, DISAGREEMENT_POLICIES
 
 MISSING = ("error", "ce", "skip")
 CHECKS = ("ids", "sample", "full")
+UNLABELLED = ("keep", "drop")
 VIEW_ORDERS = ("epoch", "random")
 DEFAULT_EPOCHS = 10
 
@@ -34,17 +37,23 @@ class DistillOptions:
     pieces, so that runs on other machines, and arms of a comparison, take equal steps.
     """
 
-    student: str | None = option(None, "Student: mlp:784-128-10, cnn:SMALL or module:factory.", group="inputs")
+    student: str | None = option(
+        None, "Student: mlp:784-128-10, cnn:SMALL, run:FOLDER or module:factory.", group="inputs"
+    )
     data: str | None = option(
         None, "Training data: digits:train, npz:FILE, folder:PATH, module:factory ...", group="inputs"
     )
     val: str | None = option(None, "Validation data, as for --data.", group="inputs")
-    cache: str | None = option(None, "Cache of the teacher's logits; may be left out with --alpha 0.", group="inputs")
+    cache: tuple[str, ...] | str | None = option(
+        (),
+        "PATH[=WEIGHT] of the teacher's cache; repeated for several teachers; left out with --alpha 0.",
+        group="inputs",
+    )
     expect_root: str | None = option(
         None, "Root hash that --cache must have, as its sender told it by another way.", group="inputs"
     )
-    val_cache: str | None = option(
-        None, "Cache for the validation data: measures fidelity to the teacher.", group="inputs"
+    val_cache: tuple[str, ...] | str | None = option(
+        (), "Cache for the validation data, repeated as --cache: measures fidelity to the teacher.", group="inputs"
     )
     init: str | None = option(None, "State dict (.pt or .safetensors) that the student starts from.", group="inputs")
     out: str | None = option(None, "Folder of the run.", group="inputs")
@@ -57,7 +66,9 @@ class DistillOptions:
     )
     ce_weight: float | None = option(None, "With --kd-weight, instead of --alpha: weight of the labels.", group="loss")
     kd_weight: float | None = option(None, "With --ce-weight: weight of the teacher's term.", group="loss")
-    temperature: float = option(4.0, "Softmax temperature of teacher and student, above 0.", group="loss")
+    temperature: float = option(
+        DEFAULT_TEMPERATURE, "Softmax temperature of teacher and student, above 0.", group="loss"
+    )
     temperature_schedule: str = option(
         "constant", "Course of the temperature: constant, linear:END or cosine:END.", group="loss"
     )
@@ -68,8 +79,32 @@ class DistillOptions:
     tail_tolerance: float | None = option(
         None, "Mean error of the tail's mass of top-k rows at a temperature not stored (0.01).", group="loss"
     )
-    calibration: str | None = option(
-        None, "File of `kdcache calibrate` for --cache: the teacher's logits are divided before all else.", group="loss"
+    ensemble: str | None = option(
+        None,
+        "How several teachers become one: logits, soft-targets, accuracy ... (see Several teachers).",
+        group="loss",
+    )
+    calibration: tuple[str, ...] | str | None = option(
+        (),
+        "File of `kdcache calibrate` for --cache, repeated: the teacher's logits are divided before all else.",
+        group="loss",
+    )
+    refresh_every: int | None = option(
+        None,
+        "Epochs between two versions of a moving teacher, the average of the student (OUT/teacher).",
+        group="loss",
+    )
+    ema: float | None = option(None, "With --refresh-every: decay of that average (0.99).", group="loss")
+    classes: str | None = option(
+        None,
+        "Which class of the student each of the teacher's is: a JSON file, or names for the same names.",
+        group="loss",
+    )
+    novel: str | None = option(
+        None,
+        "Classes that the teacher does not know: left out of its term (the default), or of teacher mass 0.",
+        group="loss",
+        choices=NOVEL,
     )
     hard_targets: bool = option(False, "Cross-entropy on the teacher's argmax for every row instead.", group="loss")
     label_smoothing: float = option(0.0, "Label smoothing of the cross-entropy, 0 to 1.", group="loss")
@@ -91,6 +126,16 @@ class DistillOptions:
         group="loss",
         choices=CONFIDENCE_POLICIES,
     )
+    label_fraction: float | None = option(
+        None, "Share of the labels that are learnt, above 0 to 1, the same of each class.", group="loss"
+    )
+    unlabelled: str | None = option(
+        None,
+        "With --label-fraction: other rows learn from the teacher alone, or are left out.",
+        group="loss",
+        choices=UNLABELLED,
+    )
+    label_seed: int | None = option(None, "With --label-fraction: seed of the choice of labels (0).", group="loss")
     missing: str = option(
         "error", "Rows that the cache lacks: fail, learn the label, skip.", group="loss", choices=MISSING
     )
@@ -142,13 +187,21 @@ class DistillOptions:
     quiet: bool = option(False, "No progress on stderr.", group="run")
 
 
-PATHS = ("cache", "val_cache", "calibration", "init", "out")
+SEVERAL = ("cache", "val_cache", "calibration")
+PATHS = ("cache", "val_cache", "calibration", "classes", "init", "out")
 # What may differ when a run is resumed: where it computes, how often it reports, the request itself, and the
-# names of caches and of a calibration (their hashes may not).
+# names of caches, of a calibration and of a class map (their hashes may not).
 RESUMABLE = frozenset(
-    {"out", "cache", "expect_root", "val_cache", "calibration"}
+    {"out", "cache", "expect_root", "val_cache", "calibration", "classes"}
     | {field.name for field in dataclasses.fields(DistillOptions) if field.metadata["group"] in ("machine", "run")}
 )
+
+
+def several(value: tuple[str, ...] | str | None) -> tuple[str, ...]:
+    """What an option that may be repeated was given: a text stands for itself alone."""
+    if value is None:
+        return ()
+    return (os.fspath(value),) if isinstance(value, (str, os.PathLike)) else tuple(value)
 
 
 def resolve(options: DistillOptions) -> DistillOptions:
@@ -157,23 +210,40 @@ def resolve(options: DistillOptions) -> DistillOptions:
     Raises:
         UsageError: a value out of range, or two that exclude each other; the message names the option.
     """
+    options = dataclasses.replace(
+        options,
+        cache=several(options.cache),
+        val_cache=several(options.val_cache),
+        calibration=several(options.calibration),
+    )
     _check_choices(options)
     _check_numbers(options)
     options = resolve_alpha(options)
     check_losses(options)
     row_policies(options)
+    if options.ensemble is not None:
+        parse_rule(options.ensemble)
     if options.epochs is not None and options.steps is not None:
         raise UsageError("--epochs and --steps exclude each other; give one of them")
     if options.resume and options.overwrite:
         raise UsageError("--resume and --overwrite exclude each other; give one of them")
+    if options.ema is not None and options.refresh_every is None:
+        raise UsageError("--ema is the decay of a moving teacher; give --refresh-every too, or leave it out")
+    if options.refresh_every is not None and options.out is None:
+        raise UsageError("--refresh-every writes the teacher's caches into the folder of the run; give --out")
     if (options.resume or options.tensorboard) and options.out is None:
         raise UsageError("--resume and --tensorboard need the folder of the run; give --out")
     if options.hard_targets and options.label_smoothing:
         raise UsageError("--hard-targets and --label-smoothing exclude each other: the control is the teacher's argmax")
     _check_views(options)
+    if options.novel is not None and options.classes is None:
+        raise UsageError("--novel is about classes that the teacher does not know; say with --classes which it knows")
+    if options.label_fraction is None and (options.unlabelled is not None or options.label_seed is not None):
+        raise UsageError("--unlabelled and --label-seed say which labels --label-fraction leaves; give it (1: all)")
     return dataclasses.replace(
         options,
         epochs=DEFAULT_EPOCHS if options.epochs is None and options.steps is None else options.epochs,
+        novel=NOVEL[0] if options.novel is None and options.classes is not None else options.novel,
         lr=DEFAULT_LR[options.optimizer] if options.lr is None else options.lr,
         weight_decay=DEFAULT_WEIGHT_DECAY[options.optimizer] if options.weight_decay is None else options.weight_decay,
     )
@@ -187,7 +257,7 @@ def _check_choices(options: DistillOptions) -> None:
 
 
 def _check_views(options: DistillOptions) -> None:
-    if options.view_seed is not None and options.cache is not None:
+    if options.view_seed is not None and options.cache:
         raise UsageError("--view-seed is for runs without a cache: the views of a cache have the seed of its dump")
     if options.view_seed is not None and options.augment is None:
         raise UsageError("--view-seed without --augment: there are no views to draw; give --augment, or leave it out")
@@ -207,6 +277,13 @@ def _check_numbers(options: DistillOptions) -> None:
             options.confidence_below is None or 0 < options.confidence_below <= 1,
             "above 0, at most 1",
         ),
+        "label_fraction": (
+            options.label_fraction is None or 0 < options.label_fraction <= 1,
+            "above 0, at most 1",
+        ),
+        "label_seed": (options.label_seed is None or 0 <= options.label_seed < 2**63, "at least 0 and below 2**63"),
+        "refresh_every": (options.refresh_every is None or options.refresh_every >= 1, "at least 1"),
+        "ema": (options.ema is None or 0 <= options.ema < 1, "at least 0 and below 1"),
         "label_smoothing": (0 <= options.label_smoothing < 1, "at least 0 and below 1"),
         "views": (options.views is None or 1 <= options.views <= MAX_VIEWS, f"1 to {MAX_VIEWS}"),
         "view_seed": (options.view_seed is None or 0 <= options.view_seed < 2**63, "at least 0 and below 2**63"),
@@ -238,6 +315,8 @@ def portable(options: DistillOptions) -> dict[str, Any]:
 
 
 def _portable_value(name: str, value: Any) -> Any:
+    if name in SEVERAL:
+        return [Path(path).name for path in several(value)]
     if isinstance(value, tuple):
         return list(value)  # as JSON gives it back
     if not isinstance(value, str):

@@ -20,6 +20,7 @@ from kdcache.stages.calling import call_model
 from kdcache.stages.objective import Objective, masked_kl
 from kdcache.stages.parallel import Team
 from kdcache.stages.training import Trainer
+from kdcache.train.capability import Service, service
 from kdcache.train.cross_entropy import cross_entropy
 from kdcache.train.row_weights import per_position
 
@@ -65,10 +66,11 @@ def _counts(logits: Tensor, batch: Batch, objective: Objective) -> list[Tensor]:
         assert isinstance(batch.labels, Tensor)  # validation data are never mixed
         labelled = batch.labels >= 0
         found[2:5] = cross_entropy(logits, batch.labels).sum(), (top == batch.labels).sum(), labelled.sum()
-    if batch.teacher is not None:
+    if batch.teacher is not None and service("top1", batch.teacher) is not Service.NO:
         agrees = top == batch.teacher.encoding.top_class(batch.teacher.arrays)
         taught = per_position(batch.teacher.has_teacher, agrees).expand(agrees.shape)
         found[6:8] = (agrees & taught).sum(), taught.sum()
+    if batch.teacher is not None:
         divergence = masked_kl(logits, batch, temperature=1.0)
         if divergence is not None:
             found[5], found[8] = divergence[0].sum(), divergence[1].sum()

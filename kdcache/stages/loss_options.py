@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 
 from kdcache.errors import UsageError
 from kdcache.format.encoding import Encoding
+from kdcache.format.soft_targets import SoftTargets
 from kdcache.train.capability import require
+from kdcache.train.loss_records import Loss
 from kdcache.train.loss_settings import LossSettings
-from kdcache.train.loss_text import parse_loss
+from kdcache.train.loss_text import BY_NAME, parse_loss
 from kdcache.train.schedules import Course, parse_course
 
 if TYPE_CHECKING:
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
 DEFAULT_ALPHA = 0.9
 DEFAULT_LOSS = "kl"
+DEFAULT_TEMPERATURE = 4.0
 
 
 def resolve_alpha(options: DistillOptions) -> DistillOptions:
@@ -59,7 +62,7 @@ def check_losses(options: DistillOptions) -> None:
             "--hard-targets is cross-entropy on the teacher's argmax alone: leave out --loss, --ce-weight, --kd-weight "
             "and schedules"
         )
-    if not options.hard_targets and not any(part.loss.follows_run for part in settings.losses):
+    if not options.hard_targets and not settings.follows_run:
         idle = [
             flag
             for flag, is_given in (
@@ -112,8 +115,13 @@ def needs_teacher(options: DistillOptions) -> bool:
     return options.alpha > 0 or bool(courses(options)[0].end)
 
 
-def check_encoding(options: DistillOptions, encoding: Encoding) -> None:
+def check_encoding(options: DistillOptions, encoding: Encoding, *, follows: bool = False) -> None:
     """Refuses losses that a cache's encoding cannot serve.
+
+    Args:
+        options: of the run.
+        encoding: of the rows that the losses see.
+        follows: whether soft targets are made anew at the temperature of each step.
 
     Raises:
         UsageError: naming the encodings that can.
@@ -122,4 +130,14 @@ def check_encoding(options: DistillOptions, encoding: Encoding) -> None:
         require("hard_target", encoding)
     elif needs_teacher(options):
         for part in loss_settings(options).losses:
-            require(part.loss.need, encoding)
+            follows_run = part.loss.follows_run
+            temperature = options.temperature if follows_run else _own_temperature(part.loss)
+            require(part.loss.need, encoding, temperature, among=BY_NAME)
+            end = courses(options)[1].end
+            if isinstance(encoding, SoftTargets) and follows_run and end is not None and not follows:
+                require(part.loss.need, encoding, end)
+
+
+def _own_temperature(loss: Loss) -> float | None:
+    found: float | None = getattr(loss, "temperature", None)
+    return found

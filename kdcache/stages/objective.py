@@ -15,7 +15,8 @@ from torch import Tensor
 from kdcache.errors import UsageError
 from kdcache.stages.batches import Batch
 from kdcache.stages.distill_options import DistillOptions
-from kdcache.stages.loss_options import courses, loss_settings
+from kdcache.stages.loss_options import DEFAULT_TEMPERATURE, courses, loss_settings
+from kdcache.train.class_part import over_classes
 from kdcache.train.cross_entropy import Labels, cross_entropy
 from kdcache.train.distributions import pair
 from kdcache.train.divergence_losses import kl_of
@@ -23,7 +24,7 @@ from kdcache.train.kd_terms import sum_terms
 from kdcache.train.loss_settings import LossSettings
 from kdcache.train.mixed_labels import MixedLabels
 from kdcache.train.schedules import Course
-from kdcache.train.soft_targets import pseudo_labels
+from kdcache.train.soft_targets import Teacher, pseudo_labels
 
 
 @final
@@ -76,6 +77,13 @@ class Objective:
             notes.append(
                 f"--ce-weight {ce:g} and --kd-weight {kd:g} are alpha {self.settings.alpha:g}, all times {scale:g}"
             )
+        given = self.settings.temperature
+        if given != DEFAULT_TEMPERATURE and not self.hard_targets and not self.settings.follows_run:
+            losses = ", ".join(part.loss.name for part in self.settings.losses)
+            notes.append(
+                f"--temperature {given:g} has no effect on {losses}: a loss that has a temperature of its own takes it "
+                "beside its name, as in --loss dkd:temperature=2"
+            )
         names = [part.loss.name for part in self.settings.losses if part.loss.is_of_batch]
         if names and world_size > 1:
             notes.append(
@@ -98,7 +106,9 @@ class Objective:
         elif teacher is None:
             alpha = 0.0
         settings = replace(self.settings, alpha=alpha)
-        return sum_terms(logits, teacher, labels, settings, sample_weight=sample_weight)
+        return sum_terms(
+            logits, teacher, labels, settings, sample_weight=sample_weight, teacher_classes=batch.teacher_classes
+        )
 
     @torch.no_grad()
     def parts(self, logits: Tensor, batch: Batch) -> Tensor:
@@ -163,10 +173,15 @@ def masked_kl(
     """
     assert batch.teacher is not None
     divisor = temperature if student_temperature is None else student_temperature
+    student: Tensor = logits
+    teacher: Teacher | None = batch.teacher
+    if batch.teacher_classes is not None:
+        student, teacher = over_classes(logits, batch.teacher, batch.teacher_classes)
+    assert teacher is not None
     try:
         both = pair(
-            logits,
-            batch.teacher,
+            student,
+            teacher,
             temperature=temperature,
             student_temperature=divisor,
             tail_tolerance=tail_tolerance,

@@ -47,7 +47,11 @@ def check_policies(policies: RowPolicies | None, source: Source) -> None:
         asked = "--disagreement" if policies.disagreement != "keep" else "--confidence-below"
         raise UsageError(f"{asked} asks the teacher about each row; give --cache")
     if policies.disagreement == "downweight" or (policies.disagreement != "keep" and policies.threshold < 1):
-        require("nll", source.cache.encoding)  # p(label)
+        require("nll", source.encoding)  # p(label)
+    if policies.disagreement != "keep":
+        require("top1", source.encoding)
+    if policies.confidence_below is not None:
+        require("calibration_error", source.encoding)  # p of the top class
     if policies.disagreement != "keep" and source.cache.catalog.schema.is_mixed:
         raise UsageError(
             f"--disagreement {policies.disagreement}: the views of {source.cache.path.name} are mixed (MixUp, CutMix), "

@@ -30,8 +30,12 @@ def identity(options: DistillOptions, train: Source, held_out: Source | None, *,
         if source is not None:
             facts[f"{name} fingerprint"] = source.fingerprint
             facts[f"{name} cache root"] = None if source.cache is None else source.cache.root
+    if train.teachers is not None:
+        facts["teachers"] = train.teachers.identity()
     if train.calibration is not None:
         facts["calibration"] = train.calibration.describe()["seal"]
+    if train.classes is not None:
+        facts["classes"] = train.classes.sha256
     if train.views is not None:
         facts["views of the data"] = train.views
     return {**facts, "total steps": total_steps}
@@ -75,6 +79,9 @@ def save_run(path: Path, trainer: Trainer, state: State, *, identity: dict[str, 
         "last": state.last,
         "best": state.best,
         "policy_rows": state.policy_rows,
+        "novel_rows": state.novel_rows,
+        "versions": state.versions,
+        "ema": None if trainer.ema is None else trainer.ema.state_dict(),
         "metrics_bytes": metrics_bytes,
     }
     checkpoint.save(path, content)
@@ -111,6 +118,8 @@ def _put_back(path: Path, content: dict[str, Any], trainer: Trainer) -> tuple[St
     except (RuntimeError, ValueError) as error:
         raise MismatchError(f"{path.name} was written for another student: {error!s:.500}") from error
     trainer.scaler.load_state_dict(content["scaler"])
+    if trainer.ema is not None:
+        trainer.ema.load_state_dict(content["ema"])
     if content["world_size"] == team.world_size:
         own = {name: tensors[team.rank] for name, tensors in content["generators"].items()}
         checkpoint.set_rng_state(own, team.device)
@@ -124,5 +133,7 @@ def _put_back(path: Path, content: dict[str, Any], trainer: Trainer) -> tuple[St
         last=content["last"],
         best=content["best"],
         policy_rows=content.get("policy_rows", []),  # older checkpoints have none
+        novel_rows=content.get("novel_rows", []),
+        versions=content.get("versions", []),
     )
     return state, content["metrics_bytes"]

@@ -6,6 +6,7 @@ metrics.jsonl   one object a line
 best.pt         the student at its best evaluation, a plain state dict (with validation data only)
 last.pt         the student at the end, likewise
 resume.pt       while the run is unfinished: all it takes to go on
+teacher/        versions of a moving teacher's cache (--refresh-every)
 tensorboard/    events of the same numbers, if asked for
 """
 
@@ -14,18 +15,22 @@ from __future__ import annotations
 import json
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kdcache.errors import KDCacheError, UsageError
 from kdcache.format.strict_json import MAX_JSON_BYTES
 from kdcache.stages.checkpoint import BEST_NAME, LAST_NAME, RESUME_NAME
-from kdcache.stages.distill_inputs import Source
 from kdcache.stages.metrics import METRICS_NAME, TENSORBOARD_NAME
 from kdcache.stages.tensorboard_events import EVENTS_PREFIX
 from kdcache.store import posix
+from kdcache.store.version_folder import remove_versions
+
+if TYPE_CHECKING:
+    from kdcache.stages.distill_inputs import Source
 
 RECORD_NAME = "run.json"
 RECORD_FORMAT = 1
+TEACHER_NAME = "teacher"
 RUN_FILES = (RECORD_NAME, RESUME_NAME, METRICS_NAME, BEST_NAME, LAST_NAME)  # in the order in which they are removed
 
 
@@ -52,7 +57,7 @@ def check_folder(out: Path, *, resume: bool, overwrite: bool) -> None:
 
 
 def _is_ours(name: str) -> bool:
-    return name in (*RUN_FILES, TENSORBOARD_NAME) or name.startswith(".tmp-")
+    return name in (*RUN_FILES, TENSORBOARD_NAME, TEACHER_NAME) or name.startswith(".tmp-")
 
 
 def prepare_folder(out: Path, *, overwrite: bool) -> None:
@@ -64,16 +69,18 @@ def prepare_folder(out: Path, *, overwrite: bool) -> None:
     with posix.translated("write", out):
         posix.make_folder(out)
         there = posix.names_in(out)
-        names = [name for name in there if name.startswith(posix.TEMPORARY_PREFIX)]
+        is_new, names = False, [name for name in there if name.startswith(posix.TEMPORARY_PREFIX)]
         if not overwrite and read_record(out).get("status") == "done":
             names += {RESUME_NAME}.intersection(there)  # its process was killed right before it removed this
-        elif overwrite or RESUME_NAME not in there:
+        elif is_new := overwrite or RESUME_NAME not in there:
             events = [n for n in posix.names_in(out / TENSORBOARD_NAME) if n.startswith(EVENTS_PREFIX)]
             names += [*(n for n in RUN_FILES if n in there), *(f"{TENSORBOARD_NAME}/{name}" for name in events)]
         for name in names:
             posix.unlink(out / name)
         if names:
             posix.fsync_folder(out)  # else an old checkpoint could come back beside new metrics
+        if is_new:
+            remove_versions(out / TEACHER_NAME)  # after the checkpoint, which may be of one of them
 
 
 def now() -> str:
@@ -98,6 +105,8 @@ def describe_source(source: Source) -> dict[str, Any]:
             "encoding": source.cache.encoding.to_json(),
             "provenance": source.cache.provenance,
         }
+    if source.teachers is not None:
+        described["ensemble"] = source.teachers.describe()
     return described
 
 

@@ -72,6 +72,10 @@ def check_refresh(refresh: Refresh | None, source: Source, options: DistillOptio
         raise UsageError(f"{caches} caches are given, and a refreshed teacher takes the place of one: give one or none")
     if options.calibration:
         raise UsageError("--calibration is of one cache, and a refreshed teacher is another each time: leave it out")
+    if options.classes is not None:
+        raise UsageError(
+            "--classes maps the classes of one teacher, and a refreshed one has the student's own: leave it out"
+        )
     if source.cache is None and source.items is not None:
         raise UsageError(
             "the first version of a refreshed teacher has no views of the run's augmentation to follow: give --cache "

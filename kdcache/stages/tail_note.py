@@ -74,7 +74,7 @@ def tail_lines(source: Source, options: DistillOptions) -> list[str]:
 def _on_the_way(options: DistillOptions) -> set[float]:
     """Temperatures of the schedule, where a loss follows it."""
     course = courses(options)[1]
-    if course.end is None or not any(part.loss.follows_run for part in loss_settings(options).losses):
+    if course.end is None or not loss_settings(options).follows_run:
         return set()
     return {course.at(step, _STEPS, start=options.temperature) for step in range(_STEPS)}
 

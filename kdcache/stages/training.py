@@ -19,6 +19,8 @@ from kdcache.errors import KDCacheError
 from kdcache.stages.amp import autocast
 from kdcache.stages.batches import Batch, take_apart
 from kdcache.stages.calling import call_model
+from kdcache.stages.label_fraction import LabelChoice
+from kdcache.stages.moving_teacher import Ema
 from kdcache.stages.objective import Objective
 from kdcache.stages.optim import Schedule, set_lr
 from kdcache.stages.order import Order
@@ -51,6 +53,9 @@ class Trainer:
         policies: what becomes of rows that the teacher contradicts or is not sure of, None = nothing.
         teaching: what is done to the teacher's rows first, None = nothing.
         held_out_teaching: likewise, for rows of the validation cache.
+        ema: an average of the student, updated after each step; None = none.
+        labels: which labels of the training data are learnt, None = all.
+        counts_novel: whether rows are counted whose label is of a class that the teacher does not know.
     """
 
     student: nn.Module
@@ -68,6 +73,9 @@ class Trainer:
     policies: RowPolicies | None = None
     teaching: Teaching | None = None
     held_out_teaching: Teaching | None = None
+    ema: Ema | None = None
+    labels: LabelChoice | None = None
+    counts_novel: bool = False
 
 
 @dataclass
@@ -75,8 +83,10 @@ class State:
     """What changes from step to step outside of the student and its optimiser.
 
     `window` holds the loss's numerator and denominator of each step since the last line of metrics, on the device,
-    with policies also their two counts: (2,) or (4,); `window_rows` and `window_seconds` go with it. `policy_rows` are
-    these counts by epoch: rows that disagree, rows that the teacher is not sure of.
+    with policies also their two counts, with novel classes theirs: (2,) to (5,); `window_rows` and `window_seconds` go
+    with it. `policy_rows` are these counts by epoch: rows that disagree, rows that the teacher is not sure of;
+    `novel_rows` are rows of novel classes by epoch. `versions` are the caches that took
+    the place of the first one, oldest first (`switching.version_record`).
     """
 
     step: int = 0
@@ -88,6 +98,8 @@ class State:
     last: dict[str, float] = field(default_factory=dict)
     best: dict[str, float] = field(default_factory=dict)
     policy_rows: list[list[int]] = field(default_factory=list)
+    novel_rows: list[int] = field(default_factory=list)
+    versions: list[dict[str, Any]] = field(default_factory=list)
 
 
 def take_step(trainer: Trainer, batches: Iterator[Any], step: int, *, with_parts: bool) -> tuple[Tensor, Tensor | None]:
@@ -101,19 +113,24 @@ def take_step(trainer: Trainer, batches: Iterator[Any], step: int, *, with_parts
 
     Returns:
         (2,) numerator and denominator of the loss over the global batch, with policies (4,) also how many rows disagree
-        and of how many the teacher is not sure; and (4,) what `Objective.parts` gives for all rows alike, or None.
+        and of how many the teacher is not sure, and with `counts_novel` at last the rows of novel classes; and (4,)
+        what `Objective.parts` gives for all rows alike, or None.
     """
     order, optimizer, device = trainer.order, trainer.optimizer, trainer.team.device
     set_lr(optimizer, trainer.schedule.at(step))
     optimizer.zero_grad(set_to_none=True)
     rows, objective = len(order.rows(step)), trainer.objective.at(step)
-    sums, parts = torch.zeros(2 if trainer.policies is None else 4, device=device), torch.zeros(4, device=device)
-    for _ in order.pieces(step):
+    width = (2 if trainer.policies is None else 4) + trainer.counts_novel
+    sums, parts = torch.zeros(width, device=device), torch.zeros(4, device=device)
+    for positions in order.pieces(step):
         batch = take_apart(next(batches), has_teacher=trainer.has_teacher).to(device, num_classes=trainer.num_classes)
-        batch = batch.taught(trainer.teaching, step=step)
+        batch = batch if trainer.labels is None else trainer.labels.hide(batch, positions)
+        given, batch = batch, batch.taught(trainer.teaching, step=step)
         with autocast(trainer.amp, device):
             logits = call_model(trainer.student, batch.inputs, what="student")
         learnt, weight, counts = _with_policies(trainer.policies, batch)
+        if trainer.counts_novel:
+            counts = (*counts, _rows_without(batch, given))
         numerator, denominator = objective.sums(logits, learnt, sample_weight=weight)
         # Dividing by the rows of the step here keeps fp16 gradients in range, and is already the mean
         # where every row counts; what is missing to the true denominator follows below.
@@ -133,6 +150,8 @@ def take_step(trainer: Trainer, batches: Iterator[Any], step: int, *, with_parts
             nn.utils.clip_grad_norm_(trainer.parameters, trainer.clip_norm)
         trainer.scaler.step(optimizer)
         trainer.scaler.update()
+    if trainer.ema is not None:
+        trainer.ema.update(trainer.student)
     return sums, trainer.team.sum(parts) if with_parts else None
 
 
@@ -144,6 +163,14 @@ def _with_policies(policies: RowPolicies | None, batch: Batch) -> tuple[Batch, T
     found = apply_policies(policies, batch.teacher, batch.labels)
     learnt = replace(batch, teacher=found.teacher, labels=found.labels)
     return learnt, found.sample_weight, (found.disagree, found.unconfident)
+
+
+def _rows_without(batch: Batch, given: Batch) -> Tensor:
+    """() int64, of how many rows the teacher was taken away."""
+    assert batch.teacher is not None
+    assert given.teacher is not None
+    found: Tensor = (given.teacher.has_teacher & ~batch.teacher.has_teacher).sum()
+    return found
 
 
 def fetch_window(state: State) -> Tensor:

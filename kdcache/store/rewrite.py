@@ -220,7 +220,7 @@ def _copy(
     for view, positions, block in scan(job.source, views=views, samples=samples):
         rows = {name: array for name, array in block.items() if name not in ("view", CRC_ARRAY)}
         if job.recode is not None:
-            encoded, more = job.recode(rows)
+            encoded, more = job.recode(block)
             stored = {spec.name for spec in job.source.schema.encoding.specs}
             rows = {**{name: array for name, array in rows.items() if name not in stored}, **encoded}
             clamped += more

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kdcache.errors import MismatchError, UsageError
 from kdcache.format.dense import Dense
+from kdcache.format.soft_targets import SoftTargets
 from kdcache.format.topk import LARGEST_TEMPERATURE, LEAST_TEMPERATURE, TopK
 from kdcache.store.rows import TeacherRows
 
@@ -124,9 +125,14 @@ def check_serves(calibration: Calibration, encoding: Any) -> None:
     """Refuses rows of which a calibration cannot be had.
 
     Raises:
-        UsageError: `topk` rows, and more than a temperature.
+        UsageError: `topk` rows, and more than a temperature; soft targets.
         MismatchError: another number of classes.
     """
+    if isinstance(encoding, SoftTargets):
+        raise UsageError(
+            "a calibration divides logits, and the mean of several teachers' soft targets has none: calibrate each "
+            "cache, and make the ensemble of them with --calibration"
+        )
     for values in (calibration.scale, calibration.bias):
         if values is not None and len(values) != encoding.num_classes:
             raise MismatchError(f"the calibration is of {len(values)} classes, these rows have {encoding.num_classes}")

@@ -6,6 +6,7 @@ else.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import Enum
 from typing import Any, TypeAlias
 
@@ -13,6 +14,7 @@ from kdcache.errors import UsageError
 from kdcache.format.encoding import Encoding
 from kdcache.format.factored import Factored
 from kdcache.format.quantized import Quantized
+from kdcache.format.soft_targets import SoftTargets
 from kdcache.format.topk import Z2, TopK
 from kdcache.store.rows import TeacherRows
 
@@ -108,12 +110,14 @@ def service(name: str, teacher: Teacher, temperature: Any = None) -> Service:
             isinstance(temperature, (int, float, str)) and temperature in encoding.temperatures
         )
         return _TOPK[needs][0 if is_stored else 1]
+    if isinstance(encoding, SoftTargets):
+        return _of_soft_targets(name, needs, encoding, temperature)
     if isinstance(encoding, Factored):
         return Service.ROUNDED
     return _OF_LOGITS[needs][1 if isinstance(encoding, Quantized) else 0]
 
 
-def require(name: str, teacher: Teacher, temperature: Any = None) -> Service:
+def require(name: str, teacher: Teacher, temperature: Any = None, *, among: Iterable[str] = NAMES) -> Service:
     """Refuses rows that cannot serve a loss or metric.
 
     Whether a tail that is bounded is bounded closely enough, the loss itself finds out (`tail_tolerance`).
@@ -122,6 +126,7 @@ def require(name: str, teacher: Teacher, temperature: Any = None) -> Service:
         name: one of `NAMES`.
         teacher: the encoding, or rows of it.
         temperature: as in `service`.
+        among: what a refusal may name as served.
 
     Returns:
         How well they serve it.
@@ -134,6 +139,14 @@ def require(name: str, teacher: Teacher, temperature: Any = None) -> Service:
         return found
     encoding, needs = _encoding(teacher), _needs(name)
     has = f"these rows ({_described(encoding)}) do not hold that"
+    if isinstance(encoding, SoftTargets):
+        at = f", asked for at temperature {temperature}" if temperature is not None else ""
+        raise UsageError(
+            f"{name} needs {needs.value}{at}, and these rows are soft targets at temperature "
+            f"{encoding.temperature:g}, the mean of several teachers: they serve kl, reverse_kl, soft_ce and js at "
+            "that one. Use it (--temperature), make the ensemble again with this one, or take the mean of logits "
+            "(--ensemble logits, kdcache ensemble --rule logits), which serves everything"
+        )
     if needs is _Needs.FEATURES:
         raise UsageError(
             f"{name} needs {needs.value}, and {has}. Only the encoding factored does: make the cache again with "
@@ -149,8 +162,22 @@ def require(name: str, teacher: Teacher, temperature: Any = None) -> Service:
         f"{name} needs {needs.value}, and {has}. The encodings dense (float16, float32, int8, int4) and factored do: "
         "make the cache again with kdcache precompute --dtype int8 (or int4, the smallest). kdcache convert makes topk "
         "of dense, but cannot bring logits back that were not kept. Served by topk rows: "
-        f"{', '.join(other for other in NAMES if service(other, teacher) is not Service.NO)}"
+        f"{', '.join(other for other in among if service(other, teacher) is not Service.NO)}"
     )
+
+
+def _of_soft_targets(name: str, needs: _Needs, encoding: SoftTargets, temperature: Any) -> Service:
+    """Probabilities at one temperature: what needs logits, or another temperature, is not served."""
+    if needs is _Needs.TOP:
+        return Service.EXACT if encoding.has_all_classes else Service.NO
+    is_its_own = temperature is None or (
+        isinstance(temperature, (int, float)) and float(temperature) == encoding.temperature
+    )
+    if needs is not _Needs.DISTRIBUTION or name == "standardized_kd" or not is_its_own:
+        return Service.NO
+    if name == "spread_kl" and not encoding.has_all_classes:
+        return Service.NO
+    return Service.EXACT if encoding.has_all_classes else Service.BUCKETED
 
 
 def table() -> str:
@@ -162,10 +189,12 @@ def table() -> str:
         ("`topk` at another T", _TOPK, 1),
         ("`factored`", dict.fromkeys(_Needs, (Service.ROUNDED,)), 0),
     )
-    lines = ["| | " + " | ".join(title for title, _, _ in columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    titles = [*(title for title, _, _ in columns), "`soft_targets` at its T"]
+    lines = ["| | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
     rows: dict[tuple[str, ...], list[str]] = {}
-    for needs, shown in _NEEDS.values():
-        cells = tuple(given[needs][column].value for _, given, column in columns)
+    for name, (needs, shown) in _NEEDS.items():
+        of_mean = _of_soft_targets(name, needs, SoftTargets((2,), 1.0, 2), None)
+        cells = (*(given[needs][column].value for _, given, column in columns), of_mean.value)
         rows.setdefault(cells, []).append(shown)
     lines += [f"| {'; '.join(shown)} | {' | '.join(cells)} |" for cells, shown in rows.items()]
     return "\n".join(lines)

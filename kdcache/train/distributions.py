@@ -17,6 +17,7 @@ from kdcache.store.rows import TeacherRows
 from kdcache.train.dense_logits import dense_logits
 from kdcache.train.log_pair import Pair
 from kdcache.train.loss_numbers import check_temperature
+from kdcache.train.mean_targets import is_mean, mean_pair
 from kdcache.train.soft_targets import Teacher
 from kdcache.train.sparse import topk_pair
 from kdcache.train.tail import DEFAULT_TAIL_TOLERANCE
@@ -62,6 +63,10 @@ def pair(
             student_temperature=student_temperature,
             tail_tolerance=DEFAULT_TAIL_TOLERANCE if tail_tolerance is None else tail_tolerance,
         )
+    if is_mean(teacher):
+        refuse_mask(class_mask)
+        divisor = temperature if student_temperature is None else student_temperature
+        return mean_pair(student_logits, teacher.tensors(), temperature=temperature, student_temperature=divisor)
     both = dense_logits(student_logits, teacher, loss="kl", class_mask=class_mask)
     divisor = temperature if student_temperature is None else student_temperature
     return Pair(log_softmax(both.teacher, temperature), log_softmax(both.student, divisor), both.has_teacher)

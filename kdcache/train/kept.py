@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kdcache.errors import UsageError
-from kdcache.format.topk import TopK
+from kdcache.format.topk import Z2, TopK, z2_temperature
 from kdcache.store.rows import TeacherRows
 
 
@@ -81,6 +81,38 @@ def kept(rows: TeacherRows, *, dtype: torch.dtype = torch.float32) -> Kept:
         (encoding.num_classes - encoding.k - (~missing).sum(dim=1)).to(dtype),
     )
     return _but_blank(slots, rows.has_teacher)
+
+
+def without_labels(rows: TeacherRows, hidden: Tensor) -> TeacherRows:
+    """The rows that a dump without some of the labels would have made.
+
+    Of `topk` rows the label's logit goes where it would be then: into the tail, whose sum leaves it out. Taken away
+    alone, the label would take its probability with it.
+
+    Args:
+        rows: N rows of tensors, of any encoding, with one label each or none.
+        hidden: (N,) bool, whose label is taken away.
+    """
+    if rows.label is None:
+        return rows
+    made = replace(rows, label=rows.label.masked_fill(hidden, -1))
+    if not isinstance(rows.encoding, TopK) or not rows.encoding.labels:
+        return made
+    arrays, slots = rows.arrays, kept(rows)
+    assert slots.is_empty is not None
+    moved = hidden & ~slots.is_empty[:, -1]
+    own = slots.logits[:, -1].masked_fill(~moved, -math.inf)
+    tail, mean, count = arrays["tail_logsumexp"], arrays["tail_mean"], slots.tail_count
+    assert isinstance(count, Tensor)
+    divisors = (z2_temperature(arrays["logit_std"]) if t == Z2 else float(t) for t in rows.encoding.temperatures)
+    sums = torch.stack([torch.logaddexp(tail[:, at], own / t) for at, t in enumerate(divisors)], dim=1)
+    longer = torch.where(count > 0, mean + (own - mean) / (count + 1), own)
+    changed = {
+        "tail_logsumexp": sums,
+        "tail_mean": torch.where(moved, torch.where(torch.isneginf(mean) & (count > 0), mean, longer), mean),
+        "label_logits": arrays["label_logits"].masked_fill(hidden[:, None], -math.inf),
+    }
+    return replace(made, arrays={**arrays, **changed})
 
 
 def _but_blank(slots: Kept, has_teacher: Tensor) -> Kept:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import kdcache
+from kdcache.train.loss_text import BY_NAME
 
 BASE = ("distill", "--student", "mlp:64-16-10", "--data", "digits:train", "--steps", "3", "--out", "run")
 
@@ -40,6 +41,25 @@ def test_a_student_learns_from_a_cache_and_its_weights_are_a_plain_state_dict(
     state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
     assert all(isinstance(value, torch.Tensor) for value in state.values())
     assert json.loads((tmp_path / "run" / "run.json").read_text())
+
+
+def test_several_caches_are_repeated_options_and_a_file_may_name_one_or_a_list(
+    run, teacher: Path, tmp_path: Path
+) -> None:
+    kdcache.convert(teacher, tmp_path / "sparse", top_k=3)
+    out = tmp_path / "both"
+    result = run(*BASE, "--cache", f"{teacher}=2", "--cache", tmp_path / "sparse", "--out", out, "--json")
+    assert result.exit_code == 0, result.stderr
+    assert "2 teachers by the rule soft-targets: teacher.h5 (0.667), sparse (0.333)" in result.stderr
+    record = json.loads((out / "run.json").read_text())
+    assert record["options"]["cache"] == ["teacher.h5=2", "sparse"]
+    assert len(record["data"]["ensemble"]["members"]) == 2
+    for text in (f'"{teacher}"', f'["{teacher}"]'):
+        (tmp_path / "run.toml").write_text(f"[distill]\ncache = {text}\n")
+        result = run(*BASE, "--config", tmp_path / "run.toml", "--out", tmp_path / "one", "--overwrite")
+        assert result.exit_code == 0, result.stderr
+    refused = run(*BASE, "--cache", teacher, "--ensemble", "logits", "--out", tmp_path / "two")
+    assert (refused.exit_code, "give --cache more than once" in refused.stderr) == (2, True)
 
 
 def test_alpha_0_needs_no_cache(run, tmp_path: Path) -> None:
@@ -120,6 +140,28 @@ def test_losses_are_repeated_options_that_a_file_may_list(run, teacher: Path, tm
     assert recorded["options"]["loss"] == ["js:beta=0.1*0.5", "dist"]
 
 
+def test_the_help_names_the_losses_that_are_taken_and_no_others(run) -> None:
+    text = " ".join(run("distill", "--help").stdout.split())
+    assert f"in the place of the KL: {', '.join(BY_NAME)}. " in text
+
+
+def test_a_loss_that_rows_cannot_serve_is_refused_with_losses_that_they_can(run, teacher: Path) -> None:
+    assert run("convert", teacher, "sparse", "--top-k", "3").exit_code == 0
+    result = run(*BASE, "--cache", "sparse", "--loss", "dkd")
+    served = " ".join(result.stderr.split()).rpartition("Served by topk rows: ")[2].split(", ")
+    assert result.exit_code == 2
+    assert served == ["kl", "reverse_kl", "soft_ce", "js", "standardized_kd", "spread_kl"]
+
+
+@pytest.mark.parametrize("loss", ["mse", "dkd:temperature=2", "dist"])
+def test_a_temperature_that_no_loss_follows_is_told(run, teacher: Path, loss: str) -> None:
+    told = f"--temperature 3 has no effect on {loss.partition(':')[0]}"
+    assert told in run(*BASE, "--cache", teacher, "--loss", loss, "--temperature", "3").stderr
+    both = run(*BASE, "--cache", teacher, "--loss", loss, "--loss", "kl", "--temperature", "3", "--overwrite")
+    assert both.exit_code == 0
+    assert "has no effect" not in both.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -137,3 +179,53 @@ def test_losses_that_cannot_be_meant_are_usage_errors(
     result = run(*BASE, "--cache", teacher, *arguments)
     assert result.exit_code == 2
     assert message in " ".join(result.stderr.split())
+
+
+def test_a_class_map_is_read_from_a_file_and_refused_where_it_is_not_total(run, teacher: Path, tmp_path: Path) -> None:
+    half = {"student": ["even", "odd"], "map": {str(n): n % 2 for n in range(9)}}
+    (tmp_path / "half.json").write_text(json.dumps(half))
+    np.savez(
+        tmp_path / "parity.npz", x=np.zeros((1300, 64), np.float32), y=np.arange(1300) % 2, sample_id=np.arange(1300)
+    )
+    arguments = ("distill", "--student", "mlp:64-8-2", "--data", "npz:parity.npz", "--cache", teacher, "--out", "run")
+    arguments = (*arguments, "--steps", "2")
+    refused = run(*arguments, "--classes", "half.json")
+    assert refused.exit_code == 5
+    assert "1 of the 10 classes of teacher.h5 are not in the map: 9" in " ".join(refused.stderr.split())
+    (tmp_path / "whole.json").write_text(json.dumps({**half, "map": {**half["map"], "9": "odd"}}))
+    result = run(*arguments, "--classes", "whole.json")
+    assert result.exit_code == 0, result.stderr
+    assert "classes: 10 of the teacher, 2 of the student; 10 merged into 2" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--classes", "names"), "teacher.h5 has no class names"),
+        (("--classes", "gone.json"), "there is no file gone.json"),
+        (("--novel", "bucket"), "say with --classes which it knows"),
+        (("--classes", "names", "--novel", "all"), "'all' is not"),
+    ],
+)
+def test_class_maps_that_cannot_be_meant_are_usage_errors(
+    run, teacher: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    result = run(*BASE, "--cache", teacher, *arguments)
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.split())
+
+
+def test_a_moving_teacher_is_two_options_and_a_run_names_the_next_teacher(run, tmp_path: Path) -> None:
+    out = str(tmp_path / "run")
+    common = ("distill", "--student", "mlp:64-32-10", "--data", "digits:train", "--epochs", "3", "--quiet")
+    done = run(*common, "--alpha", "0.5", "--refresh-every", "1", "--ema", "0.9", "--out", out)
+    assert done.exit_code == 0, done.output
+    versions = json.loads((tmp_path / "run" / "run.json").read_text())["refresh"]["versions"]
+    assert [version["epoch"] for version in versions] == [1, 2]
+    dump = run(
+        "precompute", "--teacher", f"run:{out}", "--data", "digits:test", "--out", str(tmp_path / "t.h5"), "--quiet"
+    )
+    assert dump.exit_code == 0, dump.output
+    refused = run(*common, "--ema", "0.9", "--out", str(tmp_path / "other"))
+    assert refused.exit_code == 2
+    assert "--refresh-every" in refused.stderr

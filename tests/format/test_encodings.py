@@ -87,6 +87,17 @@ def test_one_bad_position_of_a_dense_prediction_makes_the_row_bad() -> None:
     assert bad_rows(logits).tolist() == [1]
 
 
+@pytest.mark.parametrize("shape", [(5,), (5, 2, 2)])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_a_stored_row_of_minus_infinity_alone_is_a_flaw(dtype: str, shape: tuple[int, ...]) -> None:
+    encoding = Dense(shape, dtype)
+    arrays = encoding.encode(np.zeros((4, *shape), np.float32)).arrays
+    arrays["logits"][1, :3] = -np.inf
+    assert encoding.flaw(arrays) is None
+    arrays["logits"][2, :, ...] = -np.inf
+    assert encoding.flaw(arrays) == "a row holds -inf alone"
+
+
 def test_values_far_below_the_maximum_are_clamped_and_counted() -> None:
     logits = np.array([[0, -65504, -65505, -1e30, -np.inf], [3e38, -3e38, 0, 3e38, 1]], np.float32)
     encoded = HALF.encode(logits)

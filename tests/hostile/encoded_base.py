@@ -1,4 +1,4 @@
-"""Sound folder caches of int8, int4, top-k and factored rows, and the tools that turn them into hostile ones."""
+"""Sound folder caches of int8, int4, top-k, factored and soft-target rows, and what turns them into hostile ones."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ from kdcache.format.head import HEAD_FILE, head_header
 from kdcache.format.identity import canonical_json
 from kdcache.format.manifest import ClassList
 from kdcache.format.schema import RowSchema, schema_from_json
+from kdcache.format.soft_targets import SoftTargets
 from kdcache.store.dump import open_dump
 from kdcache.store.head_writer import head_content, place_head
 from kdcache.store.plan import Plan
@@ -50,9 +51,11 @@ Files = dict[str, bytes]
 
 
 def write_encoded(path: Path, kind: str) -> Path:
-    """A cache of 600 rows as the library writes it: `int8`, `int4`, `topk` or `factored`."""
+    """A cache of 600 rows as the library writes it: `int8`, `int4`, `topk`, `factored` or `soft_targets`."""
     if kind == "factored":
         return _write_factored(path)
+    if kind == "soft_targets":
+        return _write_soft_targets(path)
     if kind == "int4":
         return write_sound(path, classes=NAMES[:ODD_CLASSES], columns=ODD_CLASSES, **ENCODINGS[kind])
     return write_sound(path, **ENCODINGS[kind])
@@ -76,6 +79,27 @@ def _write_factored(path: Path) -> Path:
         writer = dump.container(0, number, start, stop)
         encoded = schema.encoding.encode_features(inputs).arrays
         writer.append({"sample_id": ids, "label": ids % CLASSES, **encoded}, view=0, positions=ids)
+        dump.commit(writer, writer.record(view=0, start=start, ids=(start, stop - 1)), number)
+    dump.finish(dump.all_records() or [], samples=ROWS)
+    dump.leave()
+    return path
+
+
+def _write_soft_targets(path: Path) -> Path:
+    """Ten classes a row, and the mass of all others."""
+    schema = RowSchema(SoftTargets((CLASSES,), 4.0, 10), "<i8", True, False)
+    dump = open_dump(path, Plan(schema, ClassList.of(CLASSES, tuple(NAMES)), SHARD_ROWS, ROWS, PROVENANCE))
+    for number in range(dump.plan.shard_count):
+        _, start, stop = dump.plan.span(number)
+        ids, shares = np.arange(start, stop), np.random.default_rng(start).random((stop - start, 11)) + 0.1
+        logs = np.log(shares / shares.sum(axis=1, keepdims=True))
+        arrays = {
+            "log_probs": logs[:, :10].astype("<f4"),
+            "kept_classes": ((ids[:, None] + np.arange(10)) % CLASSES).astype("<u2"),
+            "log_rest": logs[:, 10].astype("<f4"),
+        }
+        writer = dump.container(0, number, start, stop)
+        writer.append({"sample_id": ids, "label": ids % CLASSES, **arrays}, view=0, positions=ids)
         dump.commit(writer, writer.record(view=0, start=start, ids=(start, stop - 1)), number)
     dump.finish(dump.all_records() or [], samples=ROWS)
     dump.leave()

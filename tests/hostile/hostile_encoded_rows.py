@@ -1,4 +1,4 @@
-"""Rows of int8, int4, top-k and factored caches that no writer stores, under checksums and hashes that are right."""
+"""Rows of int8, int4, top-k, factored and soft-target caches that no writer stores, checksums and hashes right."""
 
 from __future__ import annotations
 
@@ -168,3 +168,42 @@ def row_without_a_scale(folder: Path) -> Path:
 def features_turned_round(folder: Path) -> Path:
     """A negative scale: the logits of the opposite image, and no bias."""
     return put_rows(folder, "factored", _set("row_scale", 9, -1))
+
+
+# --------------------------------------------------------------------------- soft targets
+
+
+@hostile("v000-00000.h5: log_probs are of probabilities that do not sum to 1", at="verify")
+def probability_above_one(folder: Path) -> Path:
+    """A probability of e: a loss below 0, which training drives to minus infinity."""
+    return put_rows(folder, "soft_targets", _set("log_probs", (9, 3), 1.0))
+
+
+@hostile(
+    "v000-00000.h5: log_probs are of probabilities that do not sum to 1", at="verify", alike="probability_above_one"
+)
+def mass_of_the_rest_that_is_none(folder: Path) -> Path:
+    """The mass of all other classes taken away, with which the rest of the row would be renormalised."""
+    return put_rows(folder, "soft_targets", _set("log_rest", 9, -np.inf))
+
+
+@hostile("v000-00000.h5: log_rest of sample 9 holds NaN", at="verify")
+def mass_of_the_rest_that_is_no_number(folder: Path) -> Path:
+    """NaN in the one number that a row has for most of its classes."""
+    return put_rows(folder, "soft_targets", _set("log_rest", 9, np.nan))
+
+
+@hostile("v000-00000.h5: kept_classes has a class beyond the last", at="verify")
+def soft_target_of_a_class_beyond_the_last(folder: Path) -> Path:
+    """Class 65,535 of 64, an index behind the student's logits."""
+    return put_rows(folder, "soft_targets", _set("kept_classes", (9, 3), 65_535))
+
+
+@hostile("v000-00000.h5: kept_classes has a class twice in a row", at="verify")
+def soft_target_of_a_class_twice(folder: Path) -> Path:
+    """One class with two probabilities, counted twice on the teacher's side and once on the student's."""
+
+    def change(arrays: Arrays) -> None:
+        arrays["kept_classes"][9, 3] = arrays["kept_classes"][9, 7]
+
+    return put_rows(folder, "soft_targets", change)

@@ -335,3 +335,44 @@ def one_file_of_factored_rows(folder: Path) -> Path:
     """A one-file cache of factored rows, whose layer could lie anywhere."""
     encoding = {"name": "factored", "dtype": "float16", "shape": [CLASSES], "features": FEATURES, "head": "0" * 64}
     return put_file(folder, file_with(encoding=encoding))
+
+
+# --------------------------------------------------------------------------- soft targets
+
+
+@hostile("soft targets have a temperature from 0.01 .*, found 0.0$")
+def soft_targets_at_temperature_zero(folder: Path) -> Path:
+    """T = 0, by which the student's logits are divided."""
+    return put_encoding(folder, "soft_targets", temperature=0.0)
+
+
+@hostile("soft targets need k, an integer, and temperature, a fraction; found 10 and 4$")
+def soft_targets_at_a_temperature_in_another_text(folder: Path) -> Path:
+    """T = 4, not 4.0: the same encoding in another text, so that equal caches have two hashes."""
+    return put_encoding(folder, "soft_targets", temperature=4)
+
+
+@hostile("soft targets need k, an integer, and temperature, a fraction; found True and 4.0")
+def soft_targets_of_true_classes(folder: Path) -> Path:
+    """k = true, which is equal to 1."""
+    return put_encoding(folder, "soft_targets", k=True)
+
+
+@hostile("soft targets hold 1 to C classes a row, .*; found k = 65 with rows of shape .64,.")
+def soft_targets_of_more_classes_than_there_are(folder: Path) -> Path:
+    """k = 65 of 64 classes."""
+    return put_encoding(folder, "soft_targets", k=CLASSES + 1)
+
+
+@hostile("dtype 'int8' is not known; choose one of float16, float32")
+def soft_targets_as_integers(folder: Path) -> Path:
+    """Integers without the scale that would make logarithms of them."""
+    return put_encoding(folder, "soft_targets", dtype="int8")
+
+
+@hostile("the encoding soft_targets needs exactly")
+def soft_targets_without_a_temperature(folder: Path) -> Path:
+    """No temperature: probabilities that would serve any."""
+    manifest = manifest_of("soft_targets")
+    del manifest["encoding"]["temperature"]
+    return put(folder, "soft_targets", manifest)

@@ -301,3 +301,9 @@ def golden_folder(folder: Path) -> Path:
 def golden_file(folder: Path) -> Path:
     """The one-file cache that was written when format 1 was new."""
     return Path(shutil.copy(GOLDEN / "file.h5", folder / "teacher.h5"))
+
+
+@valid
+def folder_of_soft_targets(folder: Path) -> Path:
+    """The mean of several teachers at temperature 4: ten classes a row, and the mass of all others."""
+    return write_encoded(folder / "teacher", "soft_targets")

@@ -120,7 +120,7 @@ def test_the_record_and_the_first_lines_say_so_and_another_file_is_another_run(
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["calibration"]["temperature"] == 2.5
     assert record["calibration"]["root"] == record["data"]["cache"]["root"]
-    assert record["options"]["calibration"] == Path(first).name
+    assert record["options"]["calibration"] == [Path(first).name]
     assert str(tmp_path) not in json.dumps(record)
     moved = Path(first).rename(tmp_path / "moved.json")
     assert ran(cache, calibration=str(moved), out=out, resume=True).steps == result.steps

@@ -188,7 +188,7 @@ def test_options_that_travel_hold_no_absolute_path() -> None:
     found = portable(options)
     assert found["data"] == "idx:mnist:train"
     assert found["val"] == "npz:v.npz"
-    assert found["cache"] == "teacher.h5"
+    assert found["cache"] == ["teacher.h5"]
     assert found["student"] == "mlp:4-3"
     assert found["out"] == "b"
 

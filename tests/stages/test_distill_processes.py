@@ -213,3 +213,18 @@ def test_a_signal_to_one_rank_stops_all_of_them_and_they_go_on(options: DistillO
     assert len(stopped["generators"]["torch"]) == 2
     assert run_child(replace(shared, resume=True), TORCHRUN) == 0
     close_runs(shared.out, distill(replace(shared, out=str(tmp_path / "alone"))))
+
+
+def test_the_random_teacher_of_a_step_is_the_same_on_all_ranks(
+    options: DistillOptions, tmp_path: Path, task: Any
+) -> None:
+    other = tmp_path / "other"
+    with Writer(other, classes=4, dtype="float32") as writer:
+        writer.write(np.arange(task.ROWS), task.teacher_logits().flip(1).numpy(), task.labels().numpy())
+    options = replace(options, student="distill_task:plain_student", cache=(str(options.cache), str(other)))
+    options = replace(options, ensemble="random", val=None)
+    assert run_child(options, TORCHRUN) == 0
+    alone = distill(replace(options, out=str(tmp_path / "alone"))).student.state_dict()
+    shared = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    for name, tensor in alone.items():
+        torch.testing.assert_close(shared[name], tensor, rtol=1e-4, atol=1e-5)

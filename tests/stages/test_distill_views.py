@@ -229,7 +229,10 @@ def test_the_record_says_which_views_were_seen(make_cache: Any, tmp_path: Path, 
     found = json.loads((tmp_path / "run" / "run.json").read_text())["data"]["views"]
     assert {key: value for key, value in found.items() if key != "versions"} == expected
     assert found["versions"]["torch"] == torch.__version__
-    assert "inputs in views of shift2,mixup0.2 (seed 6): 2 view(s), epoch order" in capsys.readouterr().err
+    assert (
+        "inputs in views of shift2,mixup0.2 (seed 6): 2 view(s) of the 3 in teacher0, epoch order"
+        in capsys.readouterr().err
+    )
 
 
 def stop_at(item: int, options: DistillOptions, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,6 +87,20 @@ def check_factored(path: Path) -> None:
     np.testing.assert_array_equal(rows.label, MAKER.labels())
 
 
+def check_soft_targets(root: Path) -> None:
+    shares = MAKER.shares()
+    with caches.open(root / "soft_targets") as cache:
+        rows = cache.gather(np.arange(10))
+    assert cache.encoding.to_json()["temperature"] == 2.5
+    np.testing.assert_allclose(np.exp(rows.arrays["log_probs"].astype(np.float64)), shares, rtol=1e-3)
+    with caches.open(root / "soft_rest") as cache:
+        rows = cache.gather(np.arange(10))
+    np.testing.assert_allclose(np.exp(rows.arrays["log_probs"]), shares[:, :4], rtol=1e-6)
+    np.testing.assert_allclose(np.exp(rows.arrays["log_rest"]), shares[:, 4], rtol=1e-6)
+    assert rows.arrays["kept_classes"][0].tolist() == [0, 5, 10, 15]
+    assert rows.arrays["kept_classes"][4].tolist() == [12, 12, 12, 12]
+
+
 @pytest.mark.parametrize("name", sorted(ROOTS))
 def test_the_golden_caches_verify_and_have_the_recorded_root(name: str) -> None:
     report = verify(GOLDEN / name, expect_root=ROOTS[name])
@@ -107,8 +121,13 @@ def test_the_golden_factored_cache_gives_the_logits_of_its_layer() -> None:
     check_factored(GOLDEN / "factored")
 
 
+def test_the_golden_soft_targets_give_their_probabilities() -> None:
+    check_soft_targets(GOLDEN)
+
+
 def test_a_cache_made_today_gives_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     MAKER.main(tmp_path)  # its bytes differ by the versions in its provenance, its rows do not
     check_rows(caches.open(tmp_path / "folder"), caches.open(tmp_path / "file.h5"))
     check_small_rows(tmp_path)
     check_factored(tmp_path / "factored")
+    check_soft_targets(tmp_path)

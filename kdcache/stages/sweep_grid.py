@@ -1,0 +1,157 @@
+"""The runs of a sweep: a grid of settings, every one with every seed, and alpha 0 with the same budget. No torch here.
+
+Alpha 0 is the small model fitted to the labels alone, without any part of the teacher: it takes every learning rate,
+weight decay and label smoothing that the others take, all seeds, and as many optimiser steps. Temperatures and losses
+mean nothing to it, so it has fewer settings to choose from; the choice of the best of many favours distillation by as
+much as their noise, on the validation data, which is why the test set is for the chosen ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import random
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from kdcache.errors import KDCacheError, UsageError
+from kdcache.stages.distill_options import DistillOptions, resolve
+from kdcache.stages.loss_options import DEFAULT_LOSS
+from kdcache.stages.option import flag
+from kdcache.stages.sweep_options import OF_LABELS_TOO, OF_THE_TEACHER, SweepOptions
+from kdcache.train.loss_text import parse_loss
+
+# What alpha 0 leaves out: whatever the teacher has a say in.
+_WITHOUT_TEACHER: dict[str, Any] = {
+    "alpha": 0.0,
+    "alpha_schedule": "constant",
+    "disagreement": "keep",
+    "threshold": None,
+    "confidence_below": None,
+    "confidence_policy": None,
+    "unlabelled": "drop",
+    "refresh_every": None,
+    "ema": None,
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Options that are chosen together: of several runs, one a seed.
+
+    Attributes:
+        changed: the options that differ from the base's, without the seed.
+        options: all of them.
+        fraction: of the labels; None where the sweep has no fractions.
+    """
+
+    changed: dict[str, Any]
+    options: DistillOptions
+    fraction: float | None
+
+    @property
+    def is_labels_only(self) -> bool:
+        """Whether the teacher has no say."""
+        return self.options.alpha == 0
+
+    @property
+    def follows_temperature(self) -> bool:
+        """Whether another temperature would be another setting."""
+        return not self.is_labels_only and _follows(self.options.loss)
+
+    @property
+    def text(self) -> str:
+        """For people."""
+        hidden = ("unlabelled", "label_fraction") if self.fraction is None else ()
+        told = {"alpha": self.options.alpha, **self.changed}
+        return " ".join(f"{flag(name)} {_shown(value)}" for name, value in told.items() if name not in hidden)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A setting with a seed, and the name of its folder."""
+
+    name: str
+    setting: Setting
+    seed: int
+
+
+def settings_of(asked: SweepOptions) -> list[Setting]:
+    """The settings of a sweep, those of alpha 0 among them.
+
+    Raises:
+        UsageError: a value that `distill` refuses, with the setting that it stands in.
+    """
+    values = {name: list(asked.values.get(name, [getattr(asked.base, name)])) for name in OF_THE_TEACHER}
+    shared = [dict(zip(OF_LABELS_TOO, one, strict=True)) for one in _product(asked, OF_LABELS_TOO)]
+    values["alpha"] = [alpha for alpha in values["alpha"] if alpha != 0]
+    teacher = [
+        {"alpha": alpha, "temperature": temperature, "loss": loss}
+        for loss in values["loss"]
+        for temperature in (values["temperature"] if _follows(loss) else values["temperature"][:1])
+        for alpha in values["alpha"]
+    ]
+    grid = [{**one, **other} for one in teacher for other in shared]
+    if not grid:
+        raise UsageError("--alpha 0 alone: give another value too, alpha 0 is part of every sweep")
+    if asked.random is not None and asked.random < len(grid):
+        chosen = random.Random(asked.random_seed).sample(range(len(grid)), asked.random)
+        grid = [grid[at] for at in sorted(chosen)]
+    alone = {"temperature": asked.base.temperature, "loss": asked.base.loss, **_WITHOUT_TEACHER}
+    fractions = asked.values.get("label_fraction", (asked.base.label_fraction,))
+    found = []
+    for fraction in fractions:
+        found += [{**alone, **other, "label_fraction": 1.0 if fraction is None else fraction} for other in shared]
+        for mode in _modes(asked.base, fraction):
+            found += [{**one, "label_fraction": fraction, "unlabelled": mode} for one in grid]
+    has_fractions = fractions != (None,)
+    return [_setting(asked.base, one, has_fractions=has_fractions) for one in found]
+
+
+def runs_of(settings: list[Setting], asked: SweepOptions) -> list[Run]:
+    """All runs, seed by seed, so that an unfinished sweep has whole settings early on."""
+    seeds = asked.values.get("seed", (asked.base.seed,))
+    runs = [(setting, seed) for seed in seeds for setting in settings]
+    return [Run(f"{at:03d}-{_slug(one, asked)}-seed{seed}", one, seed) for at, (one, seed) in enumerate(runs)]
+
+
+def _product(asked: SweepOptions, names: tuple[str, ...]) -> list[tuple[Any, ...]]:
+    return list(itertools.product(*(asked.values.get(name, (getattr(asked.base, name),)) for name in names)))
+
+
+def _modes(base: DistillOptions, fraction: float | None) -> list[str | None]:
+    """With and without the unlabelled rest, unless one was asked for; all labels leave none."""
+    if fraction is None or base.unlabelled is not None:
+        return [base.unlabelled]
+    return ["keep"] if fraction == 1 else ["keep", "drop"]
+
+
+def _setting(base: DistillOptions, changed: dict[str, Any], *, has_fractions: bool) -> Setting:
+    changed = {name: value for name, value in changed.items() if value != getattr(base, name) or name == "alpha"}
+    options = dataclasses.replace(base, **changed)
+    setting = Setting(changed, options, options.label_fraction if has_fractions else None)
+    try:
+        resolve(dataclasses.replace(options, resume=False))
+    except KDCacheError as error:
+        raise type(error)(f"the setting {setting.text}: {error}") from error
+    return setting
+
+
+def _follows(loss: tuple[str, ...]) -> bool:
+    return any(parse_loss(text).loss.follows_run for text in loss or (DEFAULT_LOSS,))
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return " + ".join(value) or DEFAULT_LOSS
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _slug(setting: Setting, asked: SweepOptions) -> str:
+    """The swept values, as part of a folder's name."""
+    names = ["alpha", *(name for name in asked.values if name in setting.changed and name not in ("alpha", "seed"))]
+    if setting.fraction is not None and not setting.is_labels_only:
+        names.append("unlabelled")
+    parts = [f"{name.replace('_', '')}{_shown(getattr(setting.options, name))}" for name in names]
+    return re.sub(r"[^A-Za-z0-9.-]+", "_", "-".join(parts))[:120]

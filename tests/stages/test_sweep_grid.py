@@ -1,0 +1,164 @@
+"""What a sweep is made of, and what of it is refused before anything is loaded."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kdcache.errors import UsageError
+from kdcache.stages.distill_options import DistillOptions
+from kdcache.stages.sweep_choice import Mean, mean_of, paired, said
+from kdcache.stages.sweep_command import distill_command
+from kdcache.stages.sweep_grid import runs_of, settings_of
+from kdcache.stages.sweep_options import SweepOptions, check_values, command_record, from_command
+from kdcache_cli.distill import command as distill_cli
+
+BASE = DistillOptions(student="mlp:64-10", data="digits:train", val="digits:test", cache=("t.h5",), out="sweep")
+
+
+def asked(base: DistillOptions = BASE, **values: tuple[Any, ...]) -> SweepOptions:
+    own = {name: values.pop(name) for name in ("random", "random_seed") if name in values}
+    return SweepOptions(base, values, **own)
+
+
+def told(**given: Any) -> SweepOptions:
+    """As the command line gives it."""
+    import dataclasses
+
+    defaults = {field.name: field.default for field in dataclasses.fields(command_record())}
+    return from_command(**{**defaults, "val": "digits:test", "out": "sweep", **given})
+
+
+def test_a_grid_has_every_combination_once_and_alpha_0_with_all_seeds() -> None:
+    sweep = asked(alpha=(0.5, 0.9), temperature=(1.0, 4.0), lr=(0.1, 0.2), seed=(0, 1, 2))
+    settings = settings_of(sweep)
+    taught = [
+        (one.options.alpha, one.options.temperature, one.options.lr) for one in settings if not one.is_labels_only
+    ]
+    assert sorted(taught) == sorted({(a, t, lr) for a in (0.5, 0.9) for t in (1.0, 4.0) for lr in (0.1, 0.2)})
+    assert [one.options.lr for one in settings if one.is_labels_only] == [0.1, 0.2]
+    runs = runs_of(settings, sweep)
+    assert len(runs) == 3 * 10 == len({run.name for run in runs})
+    assert set(Counter(id(run.setting) for run in runs).values()) == {3}
+
+
+def test_alpha_0_is_tuned_once_though_it_is_listed_and_leaves_the_teacher_out() -> None:
+    base = DistillOptions(**{**vars(BASE), "disagreement": "drop", "alpha_schedule": "linear:0.1"})
+    [alone] = [one for one in settings_of(asked(base, alpha=(0.0, 0.5))) if one.is_labels_only]
+    assert (alone.options.disagreement, alone.options.alpha_schedule) == ("keep", "constant")
+    assert (alone.options.label_fraction, alone.options.unlabelled) == (1.0, "drop")
+
+
+def test_fractions_come_with_and_without_the_unlabelled_rest() -> None:
+    settings = settings_of(asked(alpha=(0.5,), label_fraction=(0.1, 1.0)))
+    found = [(one.fraction, one.options.alpha, one.options.unlabelled) for one in settings]
+    expected = [(0.1, 0.0, "drop"), (0.1, 0.5, "keep"), (0.1, 0.5, "drop"), (1.0, 0.0, "drop"), (1.0, 0.5, "keep")]
+    assert found == expected
+    only = settings_of(asked(DistillOptions(**{**vars(BASE), "unlabelled": "drop"}), label_fraction=(0.1, 0.2)))
+    assert {one.options.unlabelled for one in only} == {"drop"}
+
+
+def test_a_loss_without_a_temperature_has_one_setting_and_a_random_sweep_part_of_the_grid() -> None:
+    losses = asked(temperature=(1.0, 4.0), loss=(("dist",), ("kl",), ("dist", "kl*0.5")))
+    found = [(one.options.loss, one.options.temperature) for one in settings_of(losses) if not one.is_labels_only]
+    assert sorted(found) == [
+        (("dist",), 1.0),
+        (("dist", "kl*0.5"), 1.0),
+        (("dist", "kl*0.5"), 4.0),
+        (("kl",), 1.0),
+        (("kl",), 4.0),
+    ]
+    lists: dict[str, Any] = {"alpha": (0.1, 0.5, 0.9), "temperature": (1.0, 2.0, 4.0)}
+    drawn = [settings_of(asked(**lists, random=4, random_seed=seed)) for seed in (0, 0, 1)]
+    texts = [[one.text for one in settings if not one.is_labels_only] for settings in drawn]
+    assert texts[0] == texts[1] != texts[2]
+    assert len(set(texts[0])) == 4
+    whole = {one.text for one in settings_of(asked(**lists))}
+    assert set(texts[0]) | set(texts[2]) <= whole
+
+
+def test_the_command_line_takes_lists_and_losses_with_commas() -> None:
+    found = told(alpha="0,0.5", seed="0,1", loss=("kl", "dkd:alpha=1,beta=2", "kl; js:beta=0.1*0.5"), temperature="2")
+    assert found.values["alpha"] == (0.0, 0.5)
+    assert found.values["seed"] == (0, 1)
+    assert found.values["loss"] == (("kl",), ("dkd:alpha=1,beta=2",), ("kl", "js:beta=0.1*0.5"))
+    assert not settings_of(found)[0].options.resume
+    check_values(found)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "nothing to sweep over"),
+        ({"alpha": "0.5"}, "nothing to sweep over"),
+        ({"alpha": "0.5,0.50"}, "--alpha names 0.5 twice"),
+        ({"loss": ("kl", "kl")}, "--loss names kl twice"),
+        ({"seed": "0,1.5"}, "--seed '0,1.5': expected numbers"),
+        ({"alpha": "0.5,"}, "expected numbers"),
+        ({"alpha": "0.5,0.9", "val": None}, "no --val"),
+        ({"alpha": "0.5,0.9", "out": None}, "no --out"),
+        ({"alpha": "0.5,0.9", "processes": 0}, "--processes must be at least 1"),
+        ({"alpha": "0.5,0.9", "random": 0}, "--random must be at least 1"),
+    ],
+)
+def test_what_cannot_be_swept_is_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        check_values(told(**given))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"alpha": (0.5, 1.5)}, r"the setting --alpha 1.5: --alpha must be between 0 and 1"),
+        ({"temperature": (1.0, 0.0)}, r"the setting --alpha 0.9 --temperature 0: --temperature must be above 0"),
+        ({"loss": (("kl",), ("kd",))}, "choose one of kl"),
+        ({"label_fraction": (0.1, 0.0)}, r"--label-fraction 0.*must be above 0"),
+        ({"alpha": (0.0,), "seed": (0, 1)}, "--alpha 0 alone"),
+    ],
+)
+def test_a_value_that_distill_refuses_is_refused_with_its_setting(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        settings_of(asked(**values))
+
+
+@given(
+    alpha=st.floats(0, 1),
+    lr=st.floats(1e-9, 1e3) | st.none(),
+    loss=st.lists(st.sampled_from(["kl", "dkd:beta=2", "js:beta=0.1*0.5"]), max_size=2),
+    cache=st.lists(st.text("ab c'\"$=", min_size=1), max_size=2),
+    drop_last=st.booleans(),
+    clip=st.floats(0.1, 9),
+)
+def test_a_printed_command_gives_the_same_options(
+    alpha: float, lr: float | None, loss: list[str], cache: list[str], drop_last: bool, clip: float
+) -> None:
+    import shlex
+
+    paths = tuple("./" + path for path in cache)
+    options = DistillOptions(
+        data="digits:train", alpha=alpha, lr=lr, loss=tuple(loss), cache=paths, drop_last=drop_last, clip_norm=clip
+    )
+    words = shlex.split(distill_command(options))
+    context = distill_cli.make_context("distill", words[2:])
+    given = {name: value for name, value in context.params.items() if name not in ("config_file", "print_config")}
+    given.pop("as_json")
+    assert DistillOptions(**given) == options
+
+
+def test_differences_are_paired_and_named_by_their_standard_error() -> None:
+    assert paired({0: 0.9, 1: 0.7}, {0: 0.8, 1: 0.4}) == Mean(0.2, 0.1, 2)
+    assert paired({0: 0.9}, {1: 0.9}) is None
+    assert mean_of([0.5]).standard_error is None
+    cases = {
+        "beats": Mean(0.3, 0.1, 3),
+        "loses to": Mean(-0.3, 0.1, 3),
+        "cannot be told from": Mean(0.2, 0.1, 3),
+        "cannot be told from (one seed has no standard error)": Mean(0.2, None, 1),
+        "cannot be compared with": None,
+    }
+    assert {text: said(mean) for text, mean in cases.items()} == {text: text for text in cases}
+    assert said(Mean(0.0, 0.0, 3)) == "cannot be told from"
