@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ from kdcache.stages.sweep_folder import (
 )
 from kdcache.stages.sweep_grid import Run, Setting, runs_of, settings_of
 from kdcache.stages.sweep_options import SweepOptions, check_values
-from kdcache.stages.sweep_table import described, heat_maps, report_lines, write_heat_map
+from kdcache.stages.sweep_table import described, heat_maps, report_lines, sides_line, write_heat_map
 from kdcache.stages.sweep_workers import Task, Workers, refuse
 
 _FACTS = ("data fingerprint", "data cache root", "val fingerprint")
@@ -47,6 +48,7 @@ class SweepResult:
     Attributes:
         out: its folder.
         runs: how many there are.
+        labels_only_runs: how many of them are without the teacher.
         failed: how many of them failed.
         metric: that settings were chosen by: `val_accuracy`, for data without labels `agreement`.
         steps: of every run.
@@ -56,6 +58,7 @@ class SweepResult:
 
     out: Path
     runs: int
+    labels_only_runs: int
     failed: int
     metric: str
     steps: int
@@ -124,6 +127,8 @@ class _Sweep:
         record = {"status": "running", "identity": identity}
         write_sweep(self._out, record)
         runs = runs_of(self._settings, self._asked)
+        if not self._asked.base.quiet:
+            print(sides_line(runs, steps=facts["total_steps"]), file=sys.stderr, flush=True)
         try:
             rows = self._make(runs)
         except InterruptedRunError:
@@ -188,7 +193,8 @@ class _Sweep:
             write_heat_map(self._out / HEAT_MAP_NAME, maps, metric=metric)
         lines = report_lines(found, chosen, tests, metric=metric, out=out, failed=failed)
         answers = tuple(described(one, tests, out=out) for one in chosen)
-        return SweepResult(self._out, len(runs), failed, metric, steps, answers, tuple(lines))
+        alone = sum(run.setting.is_labels_only for run in runs)
+        return SweepResult(self._out, len(runs), alone, failed, metric, steps, answers, tuple(lines))
 
     def _measure(self, runs: Sequence[Run], chosen: Sequence[Verdict]) -> dict[Scored, dict[int, float]]:
         """Accuracy of the chosen settings on the test set, by seed."""

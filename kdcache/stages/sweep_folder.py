@@ -89,7 +89,11 @@ def identity_of(asked: SweepOptions, facts: Mapping[str, Any]) -> dict[str, Any]
     """What a sweep that goes on must agree on, as JSON gives it back; `facts` are what a check of the base found."""
     base = {name: value for name, value in portable(asked.base).items() if name not in RESUMABLE and name not in SWEPT}
     values = {name: list(asked.values.get(name, [getattr(asked.base, name)])) for name in SWEPT}
-    own = {"random": asked.random, "random_seed": asked.random_seed if asked.random else 0}
+    own = {
+        "random": asked.random,
+        "random_seed": asked.random_seed if asked.random else 0,
+        "labels_budget": asked.labels_budget,
+    }
     whole: dict[str, Any] = json.loads(json.dumps({**base, **values, **own, **facts}))
     return whole
 

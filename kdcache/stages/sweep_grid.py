@@ -1,9 +1,9 @@
 """The runs of a sweep: a grid of settings, every one with every seed, and alpha 0 with the same budget. No torch here.
 
-Alpha 0 is the small model fitted to the labels alone, without any part of the teacher: it takes every learning rate,
-weight decay and label smoothing that the others take, all seeds, and as many optimiser steps. Temperatures and losses
-mean nothing to it, so it has fewer settings to choose from; the choice of the best of many favours distillation by as
-much as their noise, on the validation data, which is why the test set is for the chosen ones.
+Alpha 0 is the small model fitted to the labels alone, without any part of the teacher: it takes the learning rates,
+weight decays and label smoothings of the others, all seeds, and as many optimiser steps. Alphas, temperatures and
+losses mean nothing to it, and the best of many settings looks better than the best of few; so in their place it tries
+label smoothings and learning rates of its own, until there are as many settings with the teacher as without.
 """
 
 from __future__ import annotations
@@ -12,14 +12,16 @@ import dataclasses
 import itertools
 import random
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from kdcache.errors import KDCacheError, UsageError
+from kdcache.stages.choices import DEFAULT_LR
 from kdcache.stages.distill_options import DistillOptions, resolve
 from kdcache.stages.loss_options import DEFAULT_LOSS
 from kdcache.stages.option import flag
-from kdcache.stages.sweep_options import OF_LABELS_TOO, OF_THE_TEACHER, SweepOptions
+from kdcache.stages.sweep_options import OF_LABELS_TOO, OF_THE_TEACHER, SAME_VALUES, SWEPT, SweepOptions
 from kdcache.train.loss_text import parse_loss
 
 # What alpha 0 leaves out: whatever the teacher has a say in.
@@ -34,6 +36,11 @@ _WITHOUT_TEACHER: dict[str, Any] = {
     "refresh_every": None,
     "ema": None,
 }
+# What alpha 0 tries of its own, in this order: a label smoothing (None: unchanged) and a factor of the learning rate.
+_OWN_FIRST = ((0.1, 1.0), (None, 2.0), (None, 0.5), (0.05, 1.0), (0.1, 2.0), (0.1, 0.5), (0.05, 2.0), (0.05, 0.5))
+# Then points spread evenly over these, by the R2 sequence (M. Roberts, 2018): multiples of 1/g and 1/g^2, g^3 = g + 1.
+_OWN_SMOOTHING, _OWN_FACTOR = 0.3, 8.0
+_R2 = (0.7548776662466927, 0.5698402909980532)
 
 
 @dataclass(frozen=True)
@@ -100,13 +107,18 @@ def settings_of(asked: SweepOptions) -> list[Setting]:
         grid = [grid[at] for at in sorted(chosen)]
     alone = {"temperature": asked.base.temperature, "loss": asked.base.loss, **_WITHOUT_TEACHER}
     fractions = asked.values.get("label_fraction", (asked.base.label_fraction,))
-    found = []
+    found, has_fractions = [], fractions != (None,)
     for fraction in fractions:
-        found += [{**alone, **other, "label_fraction": 1.0 if fraction is None else fraction} for other in shared]
-        for mode in _modes(asked.base, fraction):
-            found += [{**one, "label_fraction": fraction, "unlabelled": mode} for one in grid]
-    has_fractions = fractions != (None,)
-    return [_setting(asked.base, one, has_fractions=has_fractions) for one in found]
+        taught = [
+            _setting(asked.base, {**one, "label_fraction": fraction, "unlabelled": mode}, has_fractions=has_fractions)
+            for mode in _modes(asked.base, fraction)
+            for one in grid
+        ]
+        share = {"label_fraction": 1.0 if fraction is None else fraction}
+        for other in _of_labels_alone(asked, grid, shared, count=len(taught)):
+            found.append(_setting(asked.base, {**alone, **other, **share}, has_fractions=has_fractions))
+        found += taught
+    return found
 
 
 def runs_of(settings: list[Setting], asked: SweepOptions) -> list[Run]:
@@ -114,6 +126,34 @@ def runs_of(settings: list[Setting], asked: SweepOptions) -> list[Run]:
     seeds = asked.values.get("seed", (asked.base.seed,))
     runs = [(setting, seed) for seed in seeds for setting in settings]
     return [Run(f"{at:03d}-{_slug(one, asked)}-seed{seed}", one, seed) for at, (one, seed) in enumerate(runs)]
+
+
+def _of_labels_alone(
+    asked: SweepOptions, grid: list[dict[str, Any]], shared: list[dict[str, Any]], *, count: int
+) -> list[dict[str, Any]]:
+    """What alpha 0 tries: `count` different ones, those of the grid's settings first; or just what is shared."""
+    if asked.labels_budget == SAME_VALUES:
+        return shared
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    drawn = [{name: one[name] for name in OF_LABELS_TOO} for one in grid]
+    for one in itertools.chain(drawn, shared, _own_values(asked.base, shared)):
+        found.setdefault(tuple(one.values()), one)
+        if len(found) == count:
+            break
+    return list(found.values())
+
+
+def _own_values(base: DistillOptions, shared: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Around each of `shared`, without end."""
+    spread = (
+        (round(_OWN_SMOOTHING * (at * _R2[0] % 1), 3), _OWN_FACTOR ** (2 * (at * _R2[1] % 1) - 1))
+        for at in itertools.count(1)
+    )
+    for smoothing, factor in itertools.chain(_OWN_FIRST, spread):
+        for one in shared:
+            lr = DEFAULT_LR[base.optimizer] if one["lr"] is None else one["lr"]
+            own: dict[str, Any] = {} if factor == 1 else {"lr": float(f"{lr * factor:.3g}")}
+            yield {**one, **own, **({} if smoothing is None else {"label_smoothing": smoothing})}
 
 
 def _product(asked: SweepOptions, names: tuple[str, ...]) -> list[tuple[Any, ...]]:
@@ -150,7 +190,8 @@ def _shown(value: Any) -> str:
 
 def _slug(setting: Setting, asked: SweepOptions) -> str:
     """The swept values, as part of a folder's name."""
-    names = ["alpha", *(name for name in asked.values if name in setting.changed and name not in ("alpha", "seed"))]
+    names = [name for name in SWEPT if name in asked.values or (name in OF_LABELS_TOO and setting.is_labels_only)]
+    names = ["alpha", *(name for name in names if name in setting.changed and name not in ("alpha", "seed"))]
     if setting.fraction is not None and not setting.is_labels_only:
         names.append("unlabelled")
     parts = [f"{name.replace('_', '')}{_shown(getattr(setting.options, name))}" for name in names]

@@ -19,6 +19,11 @@ from kdcache.stages.option import flag, option
 OF_THE_TEACHER = ("alpha", "temperature", "loss")
 OF_LABELS_TOO = ("lr", "weight_decay", "label_smoothing")
 SWEPT = (*OF_THE_TEACHER, *OF_LABELS_TOO, "label_fraction", "seed")
+LABELS_BUDGETS = EQUAL, SAME_VALUES = ("equal", "same-values")
+_BUDGET_HELP = (
+    "Settings of alpha 0: as many as have the teacher, with label smoothings and learning rates of its own, or those "
+    "alone whose values the others have too."
+)
 # Another way to say alpha, a loss without an alpha, and what is said of the folder of one run.
 _NOT_HERE = ("ce_weight", "kd_weight", "hard_targets", "overwrite")
 
@@ -34,6 +39,7 @@ class SweepOptions:
         random_seed: of that draw.
         processes: at once; None = one a CUDA device, or one for each `threads` cores.
         test: SPEC of the data that the chosen settings are measured on in the end.
+        labels_budget: settings of alpha 0: `equal`, as many as have a teacher, or `same-values`, what is shared alone.
     """
 
     base: DistillOptions
@@ -42,6 +48,7 @@ class SweepOptions:
     random_seed: int = 0
     processes: int | None = None
     test: str | None = None
+    labels_budget: str = EQUAL
 
 
 def command_record() -> type[Any]:
@@ -68,6 +75,7 @@ def command_record() -> type[Any]:
         ("random_seed", "int", option(0, "Seed of that draw.", group="sweep")),
         ("processes", "int | None", option(None, "Runs at once (default: GPUs, or cores / threads).", group="sweep")),
         ("test", "str | None", option(None, "Data to measure the chosen settings on, in the end.", group="sweep")),
+        ("labels_budget", "str", option(EQUAL, _BUDGET_HELP, group="sweep", choices=LABELS_BUDGETS)),
     ]
     fields.sort(key=lambda one: one[2].metadata["group"] != "sweep")  # stable: the sweep's own come first
     return dataclasses.make_dataclass("SweepRecord", own + fields, frozen=True)
@@ -79,7 +87,7 @@ def from_command(**given: Any) -> SweepOptions:
     Raises:
         UsageError: a list that is empty, holds what is no number, or names a value twice.
     """
-    own = {name: given.pop(name) for name in ("random", "random_seed", "processes", "test")}
+    own = {name: given.pop(name) for name in ("random", "random_seed", "processes", "test", "labels_budget")}
     values = {name: _numbers(name, text) for name in SWEPT if name != "loss" and (text := given.pop(name)) is not None}
     losses = given.pop("loss")
     if losses:
@@ -118,6 +126,8 @@ def check_values(options: SweepOptions) -> None:
         raise UsageError("no --val: settings are chosen on held-out data, and not on the test set; give --val")
     if options.base.out is None:
         raise UsageError("no --out: give a folder for the runs and their table")
+    if options.labels_budget not in LABELS_BUDGETS:
+        raise UsageError(f"--labels-budget {options.labels_budget!r}: choose one of {', '.join(LABELS_BUDGETS)}")
     for name, number in (("random", options.random), ("processes", options.processes)):
         if number is not None and number < 1:
             raise UsageError(f"--{name} must be at least 1, found {number}")

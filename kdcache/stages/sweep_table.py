@@ -9,6 +9,7 @@ from typing import Any
 
 from kdcache.stages.sweep_choice import Mean, Scored, Verdict, paired, said
 from kdcache.stages.sweep_command import distill_command
+from kdcache.stages.sweep_grid import Run
 
 _SHOWN = 20
 
@@ -28,6 +29,17 @@ class HeatMap:
     alphas: tuple[float, ...]
     temperatures: tuple[float, ...]
     cells: tuple[tuple[float | None, ...], ...]
+
+
+def sides_line(runs: Sequence[Run], *, steps: int) -> str:
+    """How many runs there are to come, and of what."""
+    settings = {id(run.setting): run.setting for run in runs}.values()
+    alone = sum(one.is_labels_only for one in settings)
+    seeds = len({run.seed for run in runs})
+    return (
+        f"{len(runs):,} runs of {steps:,} steps: {len(settings) - alone:,} settings with the teacher, {alone:,} of the "
+        f"labels alone, each with {seeds} seed{'s' * (seeds > 1)}"
+    )
 
 
 def heat_maps(found: Sequence[Scored]) -> list[HeatMap]:

@@ -4,7 +4,7 @@
 
 Two tasks, each with a teacher that was trained on other rows: 600 digits (a teacher of 700), and 10,000 images of MNIST
 (a CNN of 20,000). Students are small MLPs. `kdcache sweep` chooses alpha and the learning rate on validation rows, for
-alpha 0 with the same learning rates, seeds and steps, and looks at the test rows once.
+alpha 0 with as many settings, seeds and steps, and looks at the test rows once.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import kdcache
 from kdcache.stages.demo import load_blocks, train_teacher
 from kdcache.stages.distill_options import DistillOptions
 from kdcache.stages.sweep import sweep
-from kdcache.stages.sweep_options import SweepOptions
+from kdcache.stages.sweep_options import LABELS_BUDGETS, SweepOptions
 
 sys.path.append(str(Path(__file__).parent))  # tests are no package
 from label_noise import load, logits, taught
@@ -80,6 +80,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--labels-budget", choices=LABELS_BUDGETS, default=LABELS_BUDGETS[0])
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -98,7 +99,8 @@ def main() -> None:
             resume=True,
         )
         values = {**VALUES, "seed": tuple(range(arguments.seeds))}
-        result = sweep(SweepOptions(base, values, processes=arguments.processes, test=specs["test"]))
+        own: dict[str, Any] = {"processes": arguments.processes, "labels_budget": arguments.labels_budget}
+        result = sweep(SweepOptions(base, values, **own, test=specs["test"]))
         print(f"\n## {task}\n", *result.lines, sep="\n")
         print(f"\n{result.runs} runs of {result.steps} steps, {time.perf_counter() - begun:.0f} s")
 

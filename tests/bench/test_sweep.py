@@ -24,6 +24,7 @@ ROWS, PIXELS, CLASSES = 8_000, 784, 10
 STEPS = "1500"
 TEMPERATURES, SEEDS = ("1", "2", "4", "8", "16"), ("0", "1")
 LISTS = ("--alpha", "0.9", "--temperature", ",".join(TEMPERATURES), "--seed", ",".join(SEEDS))
+LISTS += ("--labels-budget", "same-values")  # 12 runs
 
 
 def made(folder: Path) -> tuple[str, ...]:
