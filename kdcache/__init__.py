@@ -39,7 +39,10 @@ if TYPE_CHECKING:
     from kdcache.stages.peer import Peer
     from kdcache.stages.precompute import precompute
     from kdcache.stages.refresh import refresh
+    from kdcache.stages.report import report
     from kdcache.stages.suspects import suspects
+    from kdcache.stages.sweep import sweep
+    from kdcache.stages.sweep_options import SweepOptions
     from kdcache.store.cache import Cache, open
     from kdcache.store.card import write_card
     from kdcache.store.convert import convert
@@ -70,6 +73,7 @@ __all__ = [
     "MovingTeacher",
     "Peer",
     "StorageError",
+    "SweepOptions",
     "TeacherRows",
     "UsageError",
     "Writer",
@@ -88,7 +92,9 @@ __all__ = [
     "open",
     "precompute",
     "refresh",
+    "report",
     "suspects",
+    "sweep",
     "verify",
     "views",
     "with_ids",
@@ -101,6 +107,7 @@ _HOMES = {
     "DistillationLoss": "kdcache.train.criterion",
     "MovingTeacher": "kdcache.stages.moving_teacher",
     "Peer": "kdcache.stages.peer",
+    "SweepOptions": "kdcache.stages.sweep_options",
     "TeacherRows": "kdcache.store.rows",
     "Writer": "kdcache.store.writer",
     "attach": "kdcache.train.attach",
@@ -117,7 +124,9 @@ _HOMES = {
     "open": "kdcache.store.cache",
     "precompute": "kdcache.stages.precompute",
     "refresh": "kdcache.stages.refresh",
+    "report": "kdcache.stages.report",
     "suspects": "kdcache.stages.suspects",
+    "sweep": "kdcache.stages.sweep",
     "verify": "kdcache.store.verify",
     "views": "kdcache.train.views",
     "with_ids": "kdcache.train.with_ids",

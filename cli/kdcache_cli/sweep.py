@@ -23,10 +23,11 @@ from kdcache_cli.output import emit
 def command(as_json: bool, **options: Any) -> None:
     """Train students over a grid of settings, several at once, and say which is best; the teacher is not loaded.
 
-    LISTs are numbers with commas between them. Alpha 0, the labels alone, is part of every sweep, with the same
-    seeds and optimiser steps and as many settings: see --labels-budget. Settings are chosen by their mean accuracy on --val over the seeds; the
-    data of --test are looked at once, in the end, for the chosen one and for alpha 0. With --label-fraction each
-    share of the labels is trained with and without the unlabelled rest. The same command with --resume goes on.
+    LISTs are numbers with commas between them. Alpha 0, the labels alone, is part of every sweep, with the same seeds
+    and optimiser steps and as many settings: see --labels-budget. Settings are chosen by their mean accuracy on --val
+    over the seeds; the data of --test are looked at once, in the end, for the chosen one and for alpha 0. With
+    --label-fraction each share of the labels is trained with and without the unlabelled rest. The same command with
+    --resume goes on.
     """
     asked = from_command(**options)
     from kdcache.stages.sweep import sweep

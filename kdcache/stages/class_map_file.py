@@ -18,7 +18,7 @@ from kdcache.format.identity import fingerprint
 from kdcache.format.strict_json import MAX_JSON_BYTES, load_json
 from kdcache.stages.choices import NOVEL
 from kdcache.store import posix
-from kdcache.train.class_map import DROPPED, ClassMap
+from kdcache.train.class_map import DROPPED, ClassMap, repeated
 
 BY_NAMES = "names"
 _SHOWN = 6
@@ -138,8 +138,8 @@ def _student_names(content: dict[str, Any], where: str) -> tuple[str, ...]:
     names = content["student"]
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise UsageError(f"{where}: `student` is not a list of class names; expected a map such as {_EXAMPLE}")
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
+    twice = repeated(names)
+    if twice is not None:
         raise UsageError(
             f"{where}: `student` has the name {twice!r:.80} more than once; give each class one of its own"
         )

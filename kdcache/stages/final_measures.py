@@ -34,6 +34,7 @@ CONFUSIONS = 20
 TRAINING_ROWS = 2000
 TRAINED_FOR_ONE = 50  # rows that a run was trained on (each epoch anew) for one that is measured
 _SAMPLE_EPOCH = 2**32 - 1  # no epoch that a run comes to
+_ECE = ("equal_width", "equal_mass")
 _DENSE = "the student's predictions are dense: more than one a row"
 # What is kept of a row, in this order; -1 for no label or teacher, NaN for a divergence that cannot be told.
 _COLUMNS = ("label", "top", "confidence", "nll", "brier", "teacher", "kl")
@@ -103,14 +104,12 @@ def summary(found: dict[str, np.ndarray], num_classes: int) -> dict[str, Any]:
     if labelled.any():
         label, top = found["label"][labelled].astype(np.int64), found["top"][labelled].astype(np.int64)
         right, sure = label == top, found["confidence"][labelled]
-        width, mass = equal_width_bins(sure, right), equal_mass_bins(sure, right)
         measured |= {
             "accuracy": float(right.mean()),
             "nll": _finite(found["nll"][labelled].mean()),
             "brier": _finite(found["brier"][labelled].mean()),
-            "ece": {"equal_width": _finite(width.error), "equal_mass": _finite(mass.error)},
             "confidence": _finite(sure.mean()),
-            "reliability": _reliability(width),
+            **_calibration(sure, right),
             "class_rows": np.bincount(label, minlength=num_classes).tolist(),
             "class_correct": np.bincount(label[right], minlength=num_classes).tolist(),
             "class_predicted": np.bincount(top, minlength=num_classes).tolist(),
@@ -138,6 +137,16 @@ def _fidelity(found: dict[str, np.ndarray]) -> dict[str, Any]:
         "agreement": float((found["teacher"] == found["top"])[taught].mean()),
         "kl": float(divergences.mean()) if len(divergences) else None,
     }
+
+
+def _calibration(sure: np.ndarray, right: np.ndarray) -> dict[str, Any]:
+    """`ece` and `reliability`; a row whose logits are NaN has no confidence, and with it there is no ECE."""
+    told = np.isfinite(sure)
+    if not told.any():
+        return {"ece": dict.fromkeys(_ECE), "reliability": []}
+    width, mass = equal_width_bins(sure[told], right[told]), equal_mass_bins(sure[told], right[told])
+    errors = (width.error, mass.error) if told.all() else (None, None)
+    return {"ece": dict(zip(_ECE, errors, strict=True)), "reliability": _reliability(width)}
 
 
 def _reliability(bins: Bins) -> list[dict[str, float]]:

@@ -26,6 +26,7 @@ CNN_WIDTHS = {
 
 _CHANNELS_PER_GROUP = 8
 _LARGE_PIXELS = 16
+_MOST_LAYERS = 1000  # of a recipe, which may list millions
 
 
 class MLP(nn.Sequential):
@@ -94,7 +95,8 @@ def built(recipe: Any) -> nn.Module:
     if isinstance(recipe, dict):
         widths, size = recipe.get("widths"), recipe.get("size")
         counts: dict[str, Any] = {name: recipe.get(name) for name in ("in_channels", "num_classes", "pixels")}
-        if recipe.get("kind") == "mlp" and isinstance(widths, list) and len(widths) > 1 and all(map(_is_count, widths)):
+        is_list = isinstance(widths, list) and 1 < len(widths) <= _MOST_LAYERS
+        if recipe.get("kind") == "mlp" and is_list and all(map(_is_count, widths)):
             return MLP(widths)
         if recipe.get("kind") == "cnn" and size in tuple(CNN_WIDTHS) and all(map(_is_count, counts.values())):
             return CNN(size, **counts)

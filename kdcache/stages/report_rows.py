@@ -17,7 +17,7 @@ from kdcache.store.parts import Catalog
 from kdcache.store.rows import TeacherRows
 from kdcache.store.scan import scan
 from kdcache.train.teacher_figures import Figures
-from kdcache.train.teacher_statistics import Row, TeacherStatistics, histogram
+from kdcache.train.teacher_statistics import NO_LABEL_LOGITS, Row, TeacherStatistics, histogram
 
 SUSPECTS = 50
 # Modified z-score of Iglewicz and Hoaglin, How to Detect and Handle Outliers, 1993: 0.6745 * distance / MAD.
@@ -185,10 +185,13 @@ def _data(kept: Row, first: np.ndarray, worst: _Worst, missing: dict[str, str]) 
     if not labelled:
         why = missing.get("top1", "no row of the first view has a label")
         missing["disagreement"] = missing["suspects"] = why
+    suspects = worst.to_json() or None
+    if labelled and suspects is None:
+        missing["suspects"] = NO_LABEL_LOGITS
     return {
         "labelled": labelled,
         "disagreement": {"rows": differ, "share": differ / labelled} if labelled else None,
-        "suspects": worst.to_json() if labelled else None,
+        "suspects": suspects,
         "domain": _domain(kept.energy[first], kept.confidence[first], missing),
     }
 

@@ -142,7 +142,7 @@ def _calibration(entry: dict[str, Any]) -> list[dict[str, Any]]:
     if held_out is None or held_out["ece"] is None or held_out["ece"]["equal_width"] is None:
         return []
     error = held_out["ece"]["equal_width"]["mean"]
-    if error <= CALIBRATED + _expected_error(held_out["reliability"]):
+    if held_out["confidence"] is None or error <= CALIBRATED + _expected_error(held_out["reliability"]):
         return []
     sure, right = held_out["confidence"]["mean"], held_out["accuracy"]["mean"]
     word = "over-confident" if sure > right else "under-confident"

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from kdcache.errors import KDCacheError, UsageError
 from kdcache.stages.checkpoint import LAST_NAME
 from kdcache.stages.models import built
 from kdcache.stages.run_record import read_record
-from kdcache.stages.weights import load_weights
+from kdcache.stages.weights import check_fits, load_strictly, read_state_dict
 
 USAGE = "run:FOLDER"
 
@@ -59,8 +60,11 @@ def student_of_run(folder: Path, *, weights: Path | None = None) -> StudentOfRun
             f"the student of run:{folder} is not a built-in one, and a file never names code to run: give it as "
             f"module:factory with --weights {path} (a teacher) or --init {path} (a student)"
         )
-    module = built(recipe)
-    load_weights(module, path)
+    with torch.device("meta"):
+        module = built(recipe)
+    state = read_state_dict(path)
+    check_fits(module, state, name=path.name)  # a record may name any size, and memory is for one that the weights have
+    load_strictly(module.to_empty(device="cpu"), state, name=path.name)
     return StudentOfRun(module, path, _generation(record))
 
 

@@ -38,8 +38,9 @@ _WITHOUT_TEACHER: dict[str, Any] = {
 }
 # What alpha 0 tries of its own, in this order: a label smoothing (None: unchanged) and a factor of the learning rate.
 _OWN_FIRST = ((0.1, 1.0), (None, 2.0), (None, 0.5), (0.05, 1.0), (0.1, 2.0), (0.1, 0.5), (0.05, 2.0), (0.05, 0.5))
-# Then points spread evenly over these, by the R2 sequence (M. Roberts, 2018): multiples of 1/g and 1/g^2, g^3 = g + 1.
-_OWN_SMOOTHING, _OWN_FACTOR = 0.3, 8.0
+# Then points spread evenly over smoothings of 0 to 0.3 and factors of /4 to x4, by the R2 sequence (M. Roberts, 2018):
+# multiples of 1/g and 1/g^2, where g^3 = g + 1.
+_OWN_SMOOTHING, _OWN_FACTOR = 0.3, 4.0
 _R2 = (0.7548776662466927, 0.5698402909980532)
 
 

@@ -67,6 +67,15 @@ def load_strictly(module: nn.Module, state: Mapping[str, Tensor], *, name: str) 
     Raises:
         MismatchError: keys are missing, unexpected, or of another shape.
     """
+    check_fits(module, state, name=name)
+    try:
+        module.load_state_dict(dict(state), strict=True)
+    except RuntimeError as error:
+        raise MismatchError(f"weights file {name} does not fit {type(module).__name__}: {one_line(error)}") from error
+
+
+def check_fits(module: nn.Module, state: Mapping[str, Tensor], *, name: str) -> None:
+    """Compares names and shapes alone, so that the module may be on the meta device; see `load_strictly`."""
     expected = {key: value for key, value in module.state_dict().items() if isinstance(value, Tensor)}
     missing = [key for key in expected if key not in state]
     unexpected = [key for key in state if key not in expected]
@@ -85,10 +94,6 @@ def load_strictly(module: nn.Module, state: Mapping[str, Tensor], *, name: str) 
     ]
     if shapes:
         raise MismatchError(f"weights file {name} does not fit {type(module).__name__}: {_some('wrong', shapes)}")
-    try:
-        module.load_state_dict(dict(state), strict=True)
-    except RuntimeError as error:
-        raise MismatchError(f"weights file {name} does not fit {type(module).__name__}: {one_line(error)}") from error
 
 
 def state_sha256(module: nn.Module) -> str:

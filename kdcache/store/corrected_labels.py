@@ -22,6 +22,7 @@ from kdcache.store.cache import Cache
 from kdcache.store.rewrite import Block
 
 COLUMNS = ("sample_id", "label")
+_MAX_DIGITS = 40
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,7 +124,8 @@ def _parse(path: Path, content: bytes, classes: int) -> tuple[list[str], np.ndar
 def _ids(path: Path, texts: list[str], cache: Cache) -> np.ndarray:
     if cache.catalog.schema.id_dtype != "<i8":
         return as_sample_ids(texts)
-    wrong = next((text for text in texts if not text.removeprefix("-").isdecimal()), None)
+    # Python refuses to read thousands of digits; what is a little too long for int64 `as_sample_ids` names.
+    wrong = next((t for t in texts if not t.removeprefix("-").isdecimal() or len(t) > _MAX_DIGITS), None)
     if wrong is not None:
         raise MismatchError(f"--labels {path}: the sample id {wrong!r:.80} is no integer, as those of the cache are")
     return as_sample_ids([int(text) for text in texts])

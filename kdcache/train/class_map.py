@@ -19,6 +19,7 @@ class that is merged or dropped must be among the K largest of every row.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -90,8 +91,8 @@ class ClassMap:
         (2, 0)
         """
         for whose, names in (("teacher", teacher), ("student", student)):
-            if len(set(names)) < len(names):
-                twice = next(name for name in names if list(names).count(name) > 1)
+            twice = repeated(names)
+            if twice is not None:
                 raise UsageError(
                     f"two classes of the {whose} have the name {twice!r:.80}: a map by names needs one each"
                 )
@@ -259,3 +260,12 @@ class ClassMap:
             raise MismatchError(
                 f"the class map is of a teacher of {len(self.targets)} classes, these rows have {found}"
             )
+
+
+def repeated(names: Sequence[str]) -> str | None:
+    """The first name that stands twice, None where each is one of its own; a file may list very many.
+
+    >>> repeated(["a", "b", "c", "b", "a"])
+    'a'
+    """
+    return next((name for name, count in Counter(names).items() if count > 1), None)

@@ -190,15 +190,13 @@ class TeacherStatistics:
         found: dict[str, Any] = {
             "top1": float(right.mean()),
             "top5": None if "top5" in missing else self._within / count,
-            "nll": None if "log_label" not in self._sums else -float(self._sums["log_label"]) / count,
+            "nll": None if "log_label" not in self._sums else 0.0 - float(self._sums["log_label"]) / count,
             "brier": None if "brier" not in self._sums else float(self._sums["brier"]) / count,
         }
         if is_vague:
             found["nll"] = None
         if found["nll"] is None:
-            missing["nll"] = missing.get(
-                "ece", "these topk rows were made without labels, whose logits they would keep"
-            )
+            missing["nll"] = missing.get("ece", NO_LABEL_LOGITS)
         if found["brier"] is None:
             missing["brier"] = "topk rows do not hold the logits of all classes"
         found["ece"], found["reliability"] = (None, None) if is_vague else _calibration(rows.confidence[known], right)

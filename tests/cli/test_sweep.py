@@ -38,12 +38,13 @@ def test_a_sweep_prints_its_choice_as_a_command_and_as_json(run, tmp_path: Path)
     again = run(*FEW, *lists, "--resume", "--json")
     assert again.exit_code == 0, again.stderr
     report = json.loads(again.stdout)
-    assert (report["runs"], report["failed"], report["steps"]) == (5, 0, 5)
+    assert (report["runs"], report["failed"], report["steps"]) == (8, 0, 5)
+    assert report["labels_only_runs"] == 4
     [answer] = report["answers"]
     assert answer["best"]["command"].startswith("kdcache distill ")
     assert {"mean", "standard_error", "seeds"} <= answer["labels_only"]["test"].keys()
     with open("sweep/sweep.csv", newline="", encoding="utf-8") as file:
-        assert len(list(csv.DictReader(file))) == 5
+        assert len(list(csv.DictReader(file))) == 8
 
 
 @pytest.mark.parametrize(
@@ -64,8 +65,8 @@ def test_what_cannot_be_meant_is_a_usage_error(run, arguments: tuple[str, ...], 
     assert message in " ".join(result.stderr.split())
 
 
-def test_ctrl_c_ends_it_with_75_and_resume_goes_on(tmp_path: Path) -> None:
-    lists = ("--alpha", "0.5,0.9", "--steps", "500", "--quiet")
+def test_ctrl_c_ends_it_with_75_and_resume_goes_on(run) -> None:
+    lists = ("--alpha", "0.5,0.9", "--labels-budget", "same-values", "--steps", "500", "--quiet")
     command = [sys.executable, "-m", "kdcache", *FEW, *lists]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     runs = wait_for_runs(process, 2)  # the second has begun
@@ -79,8 +80,8 @@ def test_ctrl_c_ends_it_with_75_and_resume_goes_on(tmp_path: Path) -> None:
     assert set(states.values()) <= {"done", "interrupted"}
     kept = {path: path.stat().st_mtime_ns for path in runs if states[path.parent.name] == "done"}
     assert kept
-    done = subprocess.run([*command, "--resume", "--json"], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    done = run(*FEW, *lists, "--resume", "--json")
+    assert done.exit_code == 0, done.stderr
     assert json.loads(done.stdout)["runs"] == 3
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     with open("sweep/sweep.csv", newline="", encoding="utf-8") as file:

@@ -39,6 +39,17 @@ class Deadly(Dataset[tuple[Tensor, int]]):
         return item
 
 
+class Broken(Deadly):
+    """Digits of which the 300th that is read is not there."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        self.loaded += 1
+        if self.loaded >= 300:
+            raise FileNotFoundError("300.png")
+        item: tuple[Tensor, int] = self.data[index]
+        return item
+
+
 def drawn() -> Dataset[tuple[Tensor, int]]:
     """Digits with noise drawn from torch's generator, so that it depends on the seed of the run."""
     data = load_data("digits:transfer").dataset

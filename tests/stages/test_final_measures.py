@@ -22,6 +22,7 @@ from kdcache.stages.distill import distill
 from kdcache.stages.distill_options import DistillOptions
 from kdcache.stages.final_measures import CONFUSIONS, summary
 from kdcache.stages.order import Order
+from kdcache.stages.run_record import read_record
 from kdcache.store.writer import Writer
 from kdcache.train.calibration_metrics import CalibrationMetrics
 from kdcache.train.rows import TeacherRows
@@ -156,6 +157,23 @@ def test_generators_and_the_students_mode_are_left_as_they_were(toy: Any, tmp_pa
     alone = make_student()
     distill(OPTIONS, student=alone, data=toy.data, cache=toy.cache, val=toy.data)  # without a folder: nothing measured
     assert all(torch.equal(a, b) for a, b in zip(weights, alone.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("broken", [1, 30])
+def test_inputs_that_make_the_student_nan_leave_a_record_that_can_be_read(
+    toy: Any, tmp_path: Path, broken: int
+) -> None:
+    inputs = toy.inputs[:30].clone()
+    inputs[:broken] = torch.nan
+    val = TensorDataset(inputs, toy.labels[:30])
+    distill(
+        replace(OPTIONS, out=str(tmp_path / "run")), student=make_student(), data=toy.data, cache=toy.cache, val=val
+    )
+    found = read_record(tmp_path / "run")["measures"]["val"]
+    assert (found["rows"], found["nll"], found["confidence"]) == (30, None, None)
+    assert found["ece"] == {"equal_width": None, "equal_mass": None}
+    assert sum(one["rows"] for one in found["reliability"]) == 30 - broken
+    json.dumps(found, allow_nan=False)
 
 
 def test_an_infinite_likelihood_is_left_out_of_the_record() -> None:

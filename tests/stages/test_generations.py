@@ -88,6 +88,8 @@ def test_a_run_that_cannot_be_a_teacher_says_why(tmp_path: Path) -> None:
         (lambda record: record.update(status="interrupted"), UsageError, "its status is 'interrupted'"),
         (lambda record: record["student"].update(recipe={"kind": "mlp", "widths": [64]}), UsageError, "not the recipe"),
         (lambda record: record["student"].update(recipe="os:system"), UsageError, "not the recipe"),
+        # 40 TB, which are not asked for.
+        (lambda r: r["student"].update(recipe={"kind": "mlp", "widths": [64, 10**7, 10**6, 10]}), MismatchError, "fit"),
         (lambda record: record.update(data=[]), KDCacheError, "damaged"),
         (lambda record: record.update(student=None), UsageError, "not a built-in one"),
     ],
@@ -117,6 +119,7 @@ def test_a_recipe_makes_the_same_network_again(net: MLP | CNN) -> None:
     [
         None,
         {"kind": "mlp", "widths": [3, -1]},
+        {"kind": "mlp", "widths": [3] * 1001},
         {"kind": "mlp", "widths": [3, True]},
         {"kind": "cnn", "size": "TINY", "in_channels": 1, "num_classes": 10},
         {"kind": "cnn", "size": ["TINY"], "in_channels": 1, "num_classes": 10, "pixels": 8},

@@ -259,6 +259,7 @@ def test_what_cannot_be_meant_is_refused_before_the_first_step(
     refused("every n epochs, n at least 1; found 0", MovingTeacher(out, data, every=0, decay=0.9))
     kdcache.precompute(task.network(8), data, tmp_path / "other", quiet=True)
     refused("2 caches are given", average, cache=[tmp_path / "teacher", tmp_path / "other"])
+    refused("--classes maps the classes of one teacher", average, cache=tmp_path / "teacher", classes="names")
     refused("--hard-targets needs the teacher", average, hard_targets=True, alpha=0.5)
     refused("leave one of them out", average, refresh_every=2, out=str(tmp_path / "run"))
     for wrong, match in (

@@ -194,6 +194,14 @@ def test_a_student_too_small_one_without_rows_and_one_too_sure_are_told(tmp_path
     assert "sure: only" not in found
 
 
+def test_a_student_without_a_mean_confidence_is_not_called_too_sure(tmp_path: Path) -> None:
+    far = {"ece": {"equal_width": 0.9, "equal_mass": 0.9}}
+    run = write_run(tmp_path / "kd", val_measures=far)
+    assert "confident, ECE" in texts(students([run])[1])
+    run = write_run(tmp_path / "none", val_measures={**far, "confidence": None})
+    assert "confident, ECE" not in texts(students([run])[1])
+
+
 def test_a_run_that_is_not_finished_is_shown_as_such(tmp_path: Path) -> None:
     going = write_run(tmp_path / "going", status="running", measures=None)
     with (going / "metrics.jsonl").open("a") as file:

@@ -2,68 +2,78 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 import kdcache
-from kdcache.errors import InterruptedRunError, KDCacheError, MismatchError, UsageError
+from kdcache.errors import (
+    CorruptCacheError,
+    IncompleteCacheError,
+    InterruptedRunError,
+    KDCacheError,
+    MismatchError,
+    UsageError,
+)
 from kdcache.stages import sweep_workers
 from kdcache.stages.distill_options import DistillOptions
 from kdcache.stages.sweep import sweep
 from kdcache.stages.sweep_options import SweepOptions
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_sweep import base_of_sweeps, rows_of, teacher  # noqa: F401
+from test_sweep import base_of_sweeps, one_process, pool, rows_of, teacher  # noqa: F401
 
 
-def test_a_run_that_diverges_is_a_row_and_the_others_go_on(base: DistillOptions, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("one_process")
+def test_a_run_that_diverges_is_a_row_and_one_of_a_killed_process_is_repeated(
+    base: DistillOptions, tmp_path: Path
+) -> None:
+    base = replace(base, data="sweep_task:Deadly", check="ids")
     values = {"lr": (0.05, 1e30), "seed": (0, 1)}
     result = sweep(SweepOptions(base, values, processes=1))
-    assert (result.runs, result.failed) == (8, 4)
     rows = rows_of(tmp_path / "sweep")
-    assert {row["lr"] for row in rows.values() if "not finite" in row["error"]} == {"1e+30"}
+    assert Path(os.environ["KILL_ONCE"]).exists()
+    errors = {name: row["error"] for name, row in rows.items() if row["error"]}
+    assert (result.runs, result.failed, len(errors)) == (8, 4, 4), errors
+    assert all("not finite" in error and rows[name]["lr"] == "1e+30" for name, error in errors.items())
     assert "--lr 0.05" in result.answers[0]["best"]["command"]
 
 
-def test_the_run_of_a_killed_process_is_repeated_once(
-    base: DistillOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("KILL_ONCE", str(tmp_path / "killed"))
-    base = replace(base, data="sweep_task:Deadly", check="ids")
-    result = sweep(SweepOptions(base, {"alpha": (0.5, 0.9)}, processes=1))
-    assert (tmp_path / "killed").exists()
-    assert (result.runs, result.failed) == (3, 0)
-
-
-def test_a_process_that_dies_twice_is_an_error_of_its_run(
-    base: DistillOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("KILL_ONCE", "/proc/never/there")  # cannot be made: an error of the data set, every time
-    base = replace(base, data="sweep_task:Deadly", check="ids")
-    with pytest.raises(KDCacheError, match="3 of 3 runs failed"):
+@pytest.mark.usefixtures("one_process")
+def test_a_sweep_of_which_every_run_fails_is_an_error(base: DistillOptions, tmp_path: Path) -> None:
+    base = replace(base, data="sweep_task:Broken", check="ids")
+    with pytest.raises(KDCacheError, match="4 of 4 runs failed"):
         sweep(SweepOptions(base, {"alpha": (0.5, 0.9)}, processes=1))
     assert all("FileNotFoundError" in row["error"] for row in rows_of(tmp_path / "sweep").values())
+
+
+def test_a_process_that_dies_twice_is_an_error(base: DistillOptions, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(KDCacheError, match="the base of the sweep: its process died 2 times"):
-        sweep(SweepOptions(replace(base, out=str(tmp_path / "dead")), {"alpha": (0.5, 0.9)}, processes=1))
+        sweep(SweepOptions(base, {"alpha": (0.5, 0.9)}, processes=1))
 
 
+@pytest.mark.usefixtures("one_process")
 def test_what_distill_refuses_is_refused_before_the_first_run(base: DistillOptions, tmp_path: Path) -> None:
     with kdcache.Writer(tmp_path / "topk.h5", classes=10, top_k=3, temperatures=(1.0, 4.0)) as writer:
         writer.write(np.arange(700, 1300), np.random.default_rng(0).normal(size=(600, 10)).astype(np.float32))
-    cases: list[tuple[dict[str, Any], dict[str, Any], type[Exception], str]] = [
-        ({"cache": (str(tmp_path / "topk.h5"),)}, {"loss": (("kl",), ("dist",))}, UsageError, "setting .*--loss dist"),
-        ({"student": "mlp:64-16-7"}, {"alpha": (0.1, 0.5)}, MismatchError, "the base of the sweep: .*classes"),
-    ]
-    for changed, values, error, message in cases:
-        with pytest.raises(error, match=message):
-            sweep(SweepOptions(replace(base, **changed), values, processes=1))
-        assert [path.name for path in (tmp_path / "sweep").iterdir()] == [".lock"]
+    base = replace(base, cache=(str(tmp_path / "topk.h5"),))
+    with pytest.raises(UsageError, match=r"the setting .*--loss dist"):
+        sweep(SweepOptions(base, {"loss": (("kl",), ("dist",))}, processes=1))
+    assert [path.name for path in (tmp_path / "sweep").iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize("kind", [UsageError, MismatchError, CorruptCacheError, IncompleteCacheError, KDCacheError])
+def test_an_error_of_a_process_has_its_kind_here_too(kind: type[KDCacheError]) -> None:
+    told = sweep_workers.Answer({}, "10 classes, not 7", kind.exit_code)
+    with pytest.raises(kind, match="the base of the sweep: 10 classes, not 7") as found:
+        sweep_workers.refuse(told, what="the base of the sweep")
+    assert type(found.value) is kind
+    sweep_workers.refuse(sweep_workers.Answer({}), what="what went well")
 
 
 def test_folders_of_others_are_refused(base: DistillOptions, tmp_path: Path) -> None:
@@ -93,6 +103,7 @@ def test_a_stop_that_is_asked_for_ends_the_processes(base: DistillOptions, monke
     assert all(process.returncode is not None for process in processes)
 
 
+@pytest.mark.usefixtures("one_process")
 def test_data_without_labels_have_no_alpha_0(base: DistillOptions, tmp_path: Path) -> None:
     from kdcache.stages.data import load_data
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,15 +15,15 @@ from kdcache.errors import UsageError
 from kdcache.stages.distill_options import DistillOptions
 from kdcache.stages.sweep_choice import Mean, mean_of, paired, said
 from kdcache.stages.sweep_command import distill_command
-from kdcache.stages.sweep_grid import runs_of, settings_of
+from kdcache.stages.sweep_grid import Setting, runs_of, settings_of
 from kdcache.stages.sweep_options import SweepOptions, check_values, command_record, from_command
 from kdcache_cli.distill import command as distill_cli
 
 BASE = DistillOptions(student="mlp:64-10", data="digits:train", val="digits:test", cache=("t.h5",), out="sweep")
 
 
-def asked(base: DistillOptions = BASE, **values: tuple[Any, ...]) -> SweepOptions:
-    own = {name: values.pop(name) for name in ("random", "random_seed") if name in values}
+def asked(base: DistillOptions = BASE, **values: Any) -> SweepOptions:
+    own = {name: values.pop(name) for name in ("random", "random_seed", "labels_budget") if name in values}
     return SweepOptions(base, values, **own)
 
 
@@ -40,15 +42,17 @@ def test_a_grid_has_every_combination_once_and_alpha_0_with_all_seeds() -> None:
         (one.options.alpha, one.options.temperature, one.options.lr) for one in settings if not one.is_labels_only
     ]
     assert sorted(taught) == sorted({(a, t, lr) for a in (0.5, 0.9) for t in (1.0, 4.0) for lr in (0.1, 0.2)})
-    assert [one.options.lr for one in settings if one.is_labels_only] == [0.1, 0.2]
+    alone = [(one.options.lr, one.options.label_smoothing) for one in settings if one.is_labels_only]
+    assert alone == [(0.1, 0), (0.2, 0), (0.1, 0.1), (0.2, 0.1), (0.4, 0), (0.05, 0), (0.1, 0.05), (0.2, 0.05)]
     runs = runs_of(settings, sweep)
-    assert len(runs) == 3 * 10 == len({run.name for run in runs})
+    assert len(runs) == 3 * 16 == len({run.name for run in runs})
     assert set(Counter(id(run.setting) for run in runs).values()) == {3}
 
 
 def test_alpha_0_is_tuned_once_though_it_is_listed_and_leaves_the_teacher_out() -> None:
     base = DistillOptions(**{**vars(BASE), "disagreement": "drop", "alpha_schedule": "linear:0.1"})
-    [alone] = [one for one in settings_of(asked(base, alpha=(0.0, 0.5))) if one.is_labels_only]
+    settings = settings_of(asked(base, alpha=(0.0, 0.5, 0.9), labels_budget="same-values"))
+    [alone] = [one for one in settings if one.is_labels_only]
     assert (alone.options.disagreement, alone.options.alpha_schedule) == ("keep", "constant")
     assert (alone.options.label_fraction, alone.options.unlabelled) == (1.0, "drop")
 
@@ -57,9 +61,40 @@ def test_fractions_come_with_and_without_the_unlabelled_rest() -> None:
     settings = settings_of(asked(alpha=(0.5,), label_fraction=(0.1, 1.0)))
     found = [(one.fraction, one.options.alpha, one.options.unlabelled) for one in settings]
     expected = [(0.1, 0.0, "drop"), (0.1, 0.5, "keep"), (0.1, 0.5, "drop"), (1.0, 0.0, "drop"), (1.0, 0.5, "keep")]
-    assert found == expected
+    assert Counter(found) == Counter([*expected, (0.1, 0.0, "drop")])  # as many as with and without the rest
     only = settings_of(asked(DistillOptions(**{**vars(BASE), "unlabelled": "drop"}), label_fraction=(0.1, 0.2)))
     assert {one.options.unlabelled for one in only} == {"drop"}
+
+
+def labels_of(found: list[Setting]) -> Counter[tuple[Any, ...]]:
+    return Counter(
+        (one.fraction, one.options.lr, one.options.weight_decay, one.options.label_smoothing)
+        for one in found
+        if one.is_labels_only
+    )
+
+
+@given(
+    alpha=st.lists(st.sampled_from([0.1, 0.3, 0.5, 0.7, 0.9]), min_size=1, max_size=5, unique=True),
+    temperature=st.lists(st.sampled_from([1.0, 2.0, 4.0, 8.0]), min_size=1, max_size=4, unique=True),
+    lr=st.lists(st.sampled_from([0.05, 0.1, 0.2]), max_size=3, unique=True),
+    label_smoothing=st.lists(st.sampled_from([0.0, 0.05, 0.1]), max_size=2, unique=True),
+    label_fraction=st.lists(st.sampled_from([0.1, 1.0]), max_size=2, unique=True),
+    random=st.none() | st.integers(1, 9),
+)
+def test_the_labels_alone_get_as_many_settings_as_the_teacher(random: int | None, **lists: list[float]) -> None:
+    sweep = asked(random=random, **{name: tuple(values) for name, values in lists.items() if values})
+    settings = settings_of(sweep)
+    alone, taught = labels_of(settings), [one for one in settings if not one.is_labels_only]
+    assert set(alone.values()) == {1}
+    assert Counter(fraction for fraction, *_ in alone) == Counter(one.fraction for one in taught)
+    values = {(one.fraction, one.options.lr, one.options.weight_decay, one.options.label_smoothing) for one in taught}
+    assert values <= set(alone)
+    assert all(0 < one.options.lr < 1 and one.options.label_smoothing <= 0.3 for one in settings if one.options.lr)
+    shared = labels_of(settings_of(replace(sweep, labels_budget="same-values")))
+    every = [math.prod(len(lists[name]) or 1 for name in ("lr", "label_smoothing", "label_fraction"))]
+    assert [len(shared)] == every
+    assert random is not None or set(shared) <= set(alone)
 
 
 def test_a_loss_without_a_temperature_has_one_setting_and_a_random_sweep_part_of_the_grid() -> None:
@@ -102,6 +137,7 @@ def test_the_command_line_takes_lists_and_losses_with_commas() -> None:
         ({"alpha": "0.5,0.9", "val": None}, "no --val"),
         ({"alpha": "0.5,0.9", "out": None}, "no --out"),
         ({"alpha": "0.5,0.9", "processes": 0}, "--processes must be at least 1"),
+        ({"alpha": "0.5,0.9", "labels_budget": "more"}, "choose one of equal, same-values"),
         ({"alpha": "0.5,0.9", "random": 0}, "--random must be at least 1"),
     ],
 )

@@ -204,6 +204,8 @@ def test_text_ids_are_read_as_a_spreadsheet_was_given_them(tmp_path: Path) -> No
         ([(30, 1), (30, 2)], DataError, "the sample 30 stands there twice"),
         ([(30, 1), (31, 2)], MismatchError, "names 1 samples that source does not hold .31."),
         ([("x", 1)], MismatchError, "the sample id 'x' is no integer"),
+        ([("9" * 5000, 1)], MismatchError, "the sample id '9+ is no integer"),
+        ([(10**30, 1)], DataError, "must fit int64"),
         ([(3, LABELS[1])], UsageError, "all 1 labels are those of source"),
         ([], UsageError, "no line behind its header"),
     ],
