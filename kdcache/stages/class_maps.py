@@ -29,8 +29,12 @@ def with_classes(source: Source, held_out: Source | None, options: DistillOption
 
     Raises:
         UsageError: there is no cache, a map that cannot be meant, or a loss or encoding that it cannot serve.
-        MismatchError: it does not fit teacher or data; `topk` rows that lack what it merges or drops.
+        MismatchError: it does not fit teacher or data; `topk` rows that lack what it merges or drops; without a map,
+            classes of the same names in another order.
     """
+    if options.classes is None:
+        for each in (source, held_out):
+            _check_order(each)
     if options.classes is None or source.teachers is not None:  # which have a map each
         return source, held_out
     if source.cache is None:
@@ -46,6 +50,23 @@ def with_classes(source: Source, held_out: Source | None, options: DistillOption
     _check_served(found, source.cache, options)
     held_out = _held_out_with(found, held_out, source.cache)
     return replace(source, classes=found), held_out
+
+
+def _check_order(source: Source | None) -> None:
+    """Refuses names that stand under other numbers: of rows without labels nothing else would tell.
+
+    Names that only one side has say nothing: `cat` may be `tabby` here.
+    """
+    if source is None or source.cache is None or source.cache.classes is None or source.class_names is None:
+        return
+    theirs, mine = source.cache.classes, source.class_names
+    known = {*theirs}
+    moved = next((n for n, name in enumerate(mine) if name in known and theirs[n : n + 1] != (name,)), None)
+    if moved is not None:
+        raise MismatchError(
+            f"{source.cache.path.name} has the class {mine[moved]!r:.80} under the number {theirs.index(mine[moved])}, "
+            f"the {source.name} data under {moved}: match them by name with --classes names, or give a map"
+        )
 
 
 def _held_out_with(found: StoredClassMap, held_out: Source | None, cache: Cache) -> Source | None:

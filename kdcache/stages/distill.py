@@ -8,13 +8,11 @@ A run stops between two steps only, and goes on from there with the same weights
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -23,7 +21,7 @@ from kdcache.format.identity import as_root
 from kdcache.stages import checkpoint
 from kdcache.stages.amp import grad_scaler
 from kdcache.stages.asked_caches import Caches, asked_caches
-from kdcache.stages.class_maps import novel_record, with_classes
+from kdcache.stages.class_maps import with_classes
 from kdcache.stages.devices import torch_threads
 from kdcache.stages.distill_inputs import (
     Source,
@@ -34,31 +32,30 @@ from kdcache.stages.distill_inputs import (
     with_calibration,
 )
 from kdcache.stages.distill_loop import RunJob, train
-from kdcache.stages.distill_options import DistillOptions, portable, resolve, several
+from kdcache.stages.distill_options import DistillOptions, resolve, several
+from kdcache.stages.distill_record import announce, new_record, results
 from kdcache.stages.ensemble_inputs import at_run_temperature, with_teachers
 from kdcache.stages.final_measures import final_measures
 from kdcache.stages.label_fraction import with_label_fraction
 from kdcache.stages.loaded_data import LoadedData
 from kdcache.stages.loss_options import needs_teacher
 from kdcache.stages.metrics import MetricsLog
-from kdcache.stages.models import CNN, MLP
 from kdcache.stages.moving_teacher import Refresh
 from kdcache.stages.objective import build_objective
 from kdcache.stages.optim import Schedule, build_optimizer
 from kdcache.stages.order import Order
 from kdcache.stages.parallel import Team, team
-from kdcache.stages.policy_options import check_policies, policy_record, row_policies
+from kdcache.stages.policy_options import check_policies, row_policies
 from kdcache.stages.progress import Progress
 from kdcache.stages.resuming import check_same_run, restore_run
-from kdcache.stages.run_record import check_folder, describe_source, now, prepare_folder, read_record, write_record
+from kdcache.stages.run_record import check_folder, now, prepare_folder, read_record, write_record
 from kdcache.stages.signals import StopRequest, graceful_signals
 from kdcache.stages.specs import one_line
-from kdcache.stages.student_views import view_settings, views_line
-from kdcache.stages.switching import asked_refresh, check_refresh, shown
+from kdcache.stages.student_views import view_settings
+from kdcache.stages.switching import asked_refresh, check_refresh
 from kdcache.stages.tail_note import tail_lines
 from kdcache.stages.training import State, Trainer
 from kdcache.store.posix import exists, translated, unlink
-from kdcache.store.versions import versions
 from kdcache.train.cache_views import Augment
 
 RANK_SEED_STEP = 1_000_003  # dropout differs between ranks
@@ -254,7 +251,7 @@ def _build_trainer(
 
 def _run(job: RunJob, stop: StopRequest) -> RunResult:
     options, ranks, out = job.options, job.trainer.team, job.out
-    state, metrics_bytes, record = State(), 0, _new_record(job)
+    state, metrics_bytes, record = State(), 0, new_record(job)
     if out is not None:
         if ranks.is_first:
             prepare_folder(out, overwrite=options.overwrite)
@@ -277,18 +274,18 @@ def _run(job: RunJob, stop: StopRequest) -> RunResult:
         with contextlib.closing(log):
             if folder is not None:
                 write_record(folder, record)
-            _announce(job, state)
+            announce(job, state)
             with Progress(job.total_steps, what="distill", unit="step", done=state.step, enabled=shown) as bar:
                 train(job, state, log, stop, bar)
             log.sync()
     except InterruptedRunError:
         if folder is not None:
-            write_record(folder, {**record, "status": "interrupted", **_results(job, state)})
+            write_record(folder, {**record, "status": "interrupted", **results(job, state)})
         raise
     if folder is not None:
         checkpoint.save(folder / checkpoint.LAST_NAME, checkpoint.state_dict(job.trainer.student))
     measures = {} if out is None else {"measures": final_measures(job, state)}
-    record = {**record, "status": "done", "finished": now(), **_results(job, state), **measures}
+    record = {**record, "status": "done", "finished": now(), **results(job, state), **measures}
     if folder is not None:
         write_record(folder, record)
         with translated("remove", folder / checkpoint.RESUME_NAME):
@@ -309,71 +306,6 @@ def _finished(job: RunJob) -> RunResult:
             f"the finished run in {job.out} is damaged, or was not written by kdcache ({one_line(error)}); use "
             "--overwrite to start anew"
         ) from error
-
-
-def _new_record(job: RunJob) -> dict[str, Any]:
-    trainer = job.trainer
-    return {
-        "status": "running",
-        "started": now(),
-        "options": portable(job.options),
-        "formula": trainer.objective.formula,
-        "calibration": None if job.source.calibration is None else job.source.calibration.describe(),
-        **({} if job.source.classes is None else {"classes": job.source.classes.describe()}),
-        "student": {
-            "spec": portable(job.options)["student"] or type(trainer.student).__name__,
-            "classes": trainer.num_classes,
-            "parameters": sum(parameter.numel() for parameter in trainer.student.parameters()),
-            "recipe": trainer.student.recipe if isinstance(trainer.student, MLP | CNN) else None,
-        },
-        "data": describe_source(job.source),
-        **({} if job.source.labels is None else {"labels": job.source.labels.describe()}),
-        "val": None if job.held_out is None else describe_source(job.held_out),
-        "total_steps": job.total_steps,
-        "steps_per_epoch": trainer.order.steps_per_epoch,
-        "world_size": trainer.team.world_size,
-        "device": trainer.team.device.type,
-        "threads": torch.get_num_threads(),
-        "versions": {**versions(), "torch": torch.__version__},
-        "identity": job.identity,
-    }
-
-
-def _results(job: RunJob, state: State) -> dict[str, Any]:
-    results = {"steps": state.step, "train_seconds": round(state.seconds, 3), "last": state.last, "best": state.best}
-    return {
-        **results,
-        **policy_record(job.trainer.policies, state.policy_rows),
-        **novel_record(job.source, state.novel_rows),
-        **shown(state.versions, job.refresh),
-    }
-
-
-def _announce(job: RunJob, state: State) -> None:
-    if not job.trainer.team.is_first or job.options.quiet:
-        return
-    order, lines = job.trainer.order, [f"loss = {job.trainer.objective.formula}"]
-    lines += job.trainer.objective.notes(world_size=job.trainer.team.world_size)
-    lines += [] if job.trainer.policies is None else job.trainer.policies.notes
-    calibration = job.source.calibration
-    if calibration is not None:
-        divisor = calibration.calibration.temperature
-        lines.append(f"the teacher's logits are calibrated first ({calibration.method}): divided by {divisor:.4g}")
-    lines += [] if job.source.teachers is None else job.source.teachers.notes
-    lines += [] if job.source.classes is None else [job.source.classes.note]
-    lines += job.tail
-    if job.refresh is not None:
-        first = "; labels alone until then" if job.source.cache is None else ""
-        lines.append(f"another version of the teacher every {job.refresh.every} epochs{first}")
-    lines += [] if job.source.labels is None else [job.source.labels.note]
-    if not needs_teacher(job.options) and job.source.cache is not None and not job.options.hard_targets:
-        lines.append("rows without a label learn from the teacher all the same; leave out --cache for labels only")
-    lines.append(
-        f"{len(order.positions):,} rows, {order.steps_per_epoch:,} steps an epoch, {job.total_steps:,} steps in all"
-        + (f"; going on after step {state.step:,}" if state.step else "")
-    )
-    lines += [] if job.source.views is None else [views_line(job.source.views, job.source.cache)]
-    print("\n".join(lines), file=sys.stderr, flush=True)
 
 
 def _chosen(name: str, value: Data | None, options: DistillOptions) -> Data:

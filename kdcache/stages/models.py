@@ -95,8 +95,8 @@ def built(recipe: Any) -> nn.Module:
     if isinstance(recipe, dict):
         widths, size = recipe.get("widths"), recipe.get("size")
         counts: dict[str, Any] = {name: recipe.get(name) for name in ("in_channels", "num_classes", "pixels")}
-        is_list = isinstance(widths, list) and 1 < len(widths) <= _MOST_LAYERS
-        if recipe.get("kind") == "mlp" and is_list and all(map(_is_count, widths)):
+        has_layers = isinstance(widths, list) and 1 < len(widths) <= _MOST_LAYERS and all(map(_is_count, widths))
+        if widths is not None and has_layers and recipe.get("kind") == "mlp":
             return MLP(widths)
         if recipe.get("kind") == "cnn" and size in tuple(CNN_WIDTHS) and all(map(_is_count, counts.values())):
             return CNN(size, **counts)

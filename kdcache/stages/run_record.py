@@ -54,6 +54,12 @@ def check_folder(out: Path, *, resume: bool, overwrite: bool) -> None:
         raise UsageError(
             f"--out {out} holds {foreign[0]!r}, which is not part of a run; choose another or an empty folder"
         )
+    own = out / TEACHER_NAME
+    if not (holds or overwrite) and posix.kind_of(own) == "folder" and posix.names_in(own):
+        raise UsageError(
+            f"--out {out} holds no run but a folder {TEACHER_NAME}, where runs keep the versions of their teacher: "
+            "what is there would be removed; choose another folder, or give --overwrite"
+        )
 
 
 def _is_ours(name: str) -> bool:

@@ -62,9 +62,9 @@ def student_of_run(folder: Path, *, weights: Path | None = None) -> StudentOfRun
         )
     with torch.device("meta"):
         module = built(recipe)
-    state = read_state_dict(path)
-    check_fits(module, state, name=path.name)  # a record may name any size, and memory is for one that the weights have
-    load_strictly(module.to_empty(device="cpu"), state, name=path.name)
+    tensors = read_state_dict(path)
+    check_fits(module, tensors, name=path.name)  # a record may name any size; memory is for what fits
+    load_strictly(module.to_empty(device="cpu"), tensors, name=path.name)
     return StudentOfRun(module, path, _generation(record))
 
 

@@ -59,7 +59,7 @@ class VerifyReport:
         return not self.problems
 
     def raise_on_error(self) -> None:
-        """Raises what was found: up to 8 problems, a line each.
+        """Raises what was found: up to 8 problems, in one line.
 
         Raises:
             CorruptCacheError: damage.
@@ -68,7 +68,7 @@ class VerifyReport:
         if self.problems:
             kind = IncompleteCacheError if self.missing else CorruptCacheError
             more = [f"and {len(self.problems) - _RAISED} more"] if len(self.problems) > _RAISED else []
-            raise kind("\n".join([*self.problems[:_RAISED], *more]))
+            raise kind("; ".join([*self.problems[:_RAISED], *more]))
 
     def to_json(self) -> dict[str, Any]:
         """For `--json`."""

@@ -124,6 +124,27 @@ def test_no_policy_sees_a_hidden_label(toy: Any, tmp_path: Path, policy: str) ->
     assert first.record["policies"] == second.record["policies"]
 
 
+def test_topk_rows_teach_of_a_hidden_label_what_rows_without_it_do(toy: Any, tmp_path: Path) -> None:
+    """The label's logit is kept beside the K largest; hiding the label alone would lose its probability."""
+    from kdcache.store.writer import Writer
+
+    few = torch.full_like(toy.labels, -1)
+    few[chosen(toy, 0.3)] = toy.labels[chosen(toy, 0.3)]
+    for name, labels in (("all", toy.labels), ("few", few)):
+        with Writer(tmp_path / name, classes=4, top_k=1) as writer:
+            writer.write(np.arange(len(labels)), toy.teacher_logits.numpy(), labels.numpy())
+    options = replace(OPTIONS, alpha=0.6, label_fraction=0.3)
+    first = distill(options, student=make_student(), data=toy.data, cache=str(tmp_path / "all"))
+    second = distill(
+        replace(options, label_fraction=None),
+        student=make_student(),
+        data=TensorDataset(toy.inputs, few),
+        cache=str(tmp_path / "few"),
+    )
+    for mine, theirs in zip(first.student.parameters(), second.student.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
+
+
 def test_a_hidden_label_is_still_compared_with_the_cache(toy: Any) -> None:
     wrong = toy.labels.clone()
     row = int(np.setdiff1d(np.arange(len(wrong)), chosen(toy, 0.3))[0])

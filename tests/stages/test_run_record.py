@@ -62,6 +62,15 @@ def test_a_folder_of_somebody_else_is_refused(tmp_path: Path) -> None:
         check_folder(tmp_path / "notes.txt", resume=False, overwrite=False)
 
 
+def test_versions_that_no_run_made_are_not_removed_unasked(tmp_path: Path) -> None:
+    (tmp_path / "teacher" / "v000001").mkdir(parents=True)
+    with pytest.raises(UsageError, match="holds no run but a folder teacher"):
+        check_folder(tmp_path, resume=False, overwrite=False)
+    check_folder(tmp_path, resume=False, overwrite=True)
+    (tmp_path / "run.json").write_text("{}")
+    check_folder(tmp_path, resume=True, overwrite=False)
+
+
 def test_a_record_that_cannot_be_read_is_a_storage_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(fd: int, length: int, offset: int) -> bytes:
         raise OSError(5, "Input/output error")
