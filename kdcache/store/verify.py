@@ -67,8 +67,11 @@ class VerifyReport:
         """
         if self.problems:
             kind = IncompleteCacheError if self.missing else CorruptCacheError
-            more = [f"and {len(self.problems) - _RAISED} more"] if len(self.problems) > _RAISED else []
-            raise kind("; ".join([*self.problems[:_RAISED], *more]))
+            if len(self.problems) == 1:
+                raise kind(self.problems[0])
+            shown = [f"({number}) {text}" for number, text in enumerate(self.problems[:_RAISED], start=1)]
+            more = f" and {len(self.problems) - _RAISED} more" if len(self.problems) > _RAISED else ""
+            raise kind(f"{len(self.problems)} problems: {' '.join(shown)}{more}")
 
     def to_json(self) -> dict[str, Any]:
         """For `--json`."""

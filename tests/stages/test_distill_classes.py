@@ -135,8 +135,9 @@ def test_a_permuted_teacher_gives_the_student_of_the_unpermuted_one_bit_for_bit(
     assert torch.equal(weights(found), weights(expected))
     assert found.last == expected.last
     assert found.last["val_accuracy"] > 0.65
-    with pytest.raises(MismatchError, match="label"):  # without the map the guard of labels speaks up
-        ran(digits, mixed, **changed)
+    nameless = {part: TensorDataset(*data.tensors) for part, data in digits.items()}
+    with pytest.raises(MismatchError, match="label"):  # without map and names the guard of labels speaks up
+        ran(nameless, mixed, **changed)
 
 
 def test_ten_digits_merge_into_even_and_odd(tmp_path: Path, digits: dict[str, Named], teacher: nn.Module) -> None:
@@ -249,6 +250,21 @@ def test_labels_are_compared_through_the_map_where_the_teacher_has_their_class(
             assert ran(data, caches, classes="names", epochs=1).steps == 21
 
 
+def test_the_same_names_in_another_order_are_refused_without_a_map(tmp_path: Path) -> None:
+    """Rows without labels have nothing else that would tell."""
+    data = TensorDataset(torch.zeros(8, 2), torch.zeros(8, dtype=torch.int64))
+    data.classes = ["cat", "dog", "eel"]  # type: ignore[attr-defined]
+    options = DistillOptions(student="mlp:2-3", epochs=1, device="cpu", quiet=True)
+    for number, names in enumerate((["cat", "dog", "eel"], ["tabby", "dog", "eel"], ["cat", "eel", "dog"])):
+        with kdcache.Writer(tmp_path / str(number), classes=names) as writer:
+            writer.write(np.arange(8), np.zeros((8, 3), np.float32))
+    for fits in ("0", "1"):
+        kdcache.distill(options, data=data, cache=tmp_path / fits)
+    with pytest.raises(MismatchError, match=r"2 has the class 'dog' under the number 2, .*--classes names"):
+        kdcache.distill(options, data=data, cache=tmp_path / "2")
+    kdcache.distill(replace(options, classes="names"), data=data, cache=tmp_path / "2")
+
+
 def test_the_calibration_comes_before_the_map(tmp_path: Path, digits: dict[str, Named], teacher: nn.Module) -> None:
     parity = {part: TensorDataset(data.tensors[0], data.tensors[1] % 2) for part, data in digits.items()}
     given = map_file(tmp_path / "map.json", ["even", "odd"], {str(n): n % 2 for n in range(10)})
@@ -335,8 +351,10 @@ def test_files_options_and_classes_that_do_not_fit_are_refused(
         ran(nameless, caches, classes="names")
     with pytest.raises(MismatchError, match="the student has 9 classes, by --classes names it has 10"):
         ran(digits, caches, classes="names", width=9)
-    with pytest.raises(MismatchError, match="say with --classes"):
+    with pytest.raises(MismatchError, match="match them by name with --classes names"):
         ran(digits, caches)
+    with pytest.raises(MismatchError, match="say with --classes"):
+        ran(nameless, caches)
     with pytest.raises(MismatchError, match="--val-cache"):
         ran(digits, (caches[0], unnamed[1]), classes="names")
     with pytest.raises(UsageError, match="from which js is infinite"):
