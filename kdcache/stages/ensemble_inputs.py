@@ -161,6 +161,11 @@ def with_teachers(
     own_val = len(asked_val) == len(asked)
     check_members(rule, members, options.temperature)
     _check_course(rule, members, options, own_val=own_val)
+    if rule.needs_labelled_cache and options.label_fraction is not None and options.label_fraction < 1:
+        raise UsageError(
+            f"--ensemble {rule} measures each teacher on all labels of its cache, those that --label-fraction hides too: "
+            "say the weights yourself (--cache PATH=WEIGHT), or take another rule"
+        )
     skill, notes = measured_skill(rule, members)
     routes, digest = load_routes(rule, caches, source.sample_ids[positions])
     ensemble = Ensemble(members, rule, lambda step: options.temperature, skill, routes, options.seed)

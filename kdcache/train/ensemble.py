@@ -26,6 +26,7 @@ from kdcache.train.cross_entropy import Labels
 from kdcache.train.ensemble_mean import mean_logits, mean_soft_targets
 from kdcache.train.ensemble_rules import Rule
 from kdcache.train.ensemble_weights import Skill, weights_of
+from kdcache.train.kept import without_labels
 from kdcache.train.mixed_labels import MixedLabels
 from kdcache.train.reading import BatchReader
 from kdcache.train.teaching import OneTeacher
@@ -131,7 +132,10 @@ class Ensemble:
             own = views if len(member.cache.views) > 1 else [member.cache.views[0]] * len(rows)
             numbers = reader.rows(reader.find(rows.sample_id), own)
             stored = reader.read(numbers, rows.sample_id, labels=None, input_at=None)
-            made = member.teacher.rows(stored.to(device, non_blocking=True), labels, step=step)
+            stored = stored.to(device, non_blocking=True)
+            if isinstance(labels, torch.Tensor):
+                stored = without_labels(stored, labels < 0)  # a label that the run does not see leaves no trace
+            made = member.teacher.rows(stored, labels, step=step)
             if is_open:
                 check_labels(known, made, member.name)
             found.append(made)

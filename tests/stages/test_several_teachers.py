@@ -20,6 +20,7 @@ from kdcache.stages.asked_caches import asked_caches, parse_cache
 from kdcache.stages.calibration_file import StoredCalibration, save_calibration
 from kdcache.stages.distill import distill
 from kdcache.stages.distill_options import DistillOptions
+from kdcache.stages.label_fraction import choose_labelled
 from kdcache.train.calibrated import Calibration
 from kdcache.train.ensemble_rules import RULES
 from kdcache.train.pipelines import named
@@ -389,6 +390,23 @@ def test_rules_refuse_what_they_cannot_measure(two: list[Path], tmp_path: Path) 
         with pytest.raises(error, match=message):
             ran(caches, ensemble=rule)
     assert ran([two[1], sparse], temperature=2.0).steps == 8
+
+
+def test_hidden_labels_leave_no_trace_in_any_member(two: list[Path], tmp_path: Path) -> None:
+    visible = choose_labelled(LABELS.numpy(), np.arange(ROWS), fraction=0.3, seed=0)
+    few = torch.full_like(LABELS, -1)
+    few[visible] = LABELS[visible]
+    sparse = []
+    for name, labels in (("all", LABELS), ("few", few)):
+        cache_of(tmp_path / f"{name}-dense", LOGITS[1], labels=labels)
+        sparse.append(tmp_path / f"{name}-sparse")
+        kdcache.convert(tmp_path / f"{name}-dense", sparse[-1], top_k=1, temperatures=(4.0,))
+    first = ran([two[0], sparse[0]], label_fraction=0.3, alpha=0.6)
+    bare = cache_of(tmp_path / "bare", LOGITS[0], labels=few)
+    second = ran([bare, sparse[1]], data=TensorDataset(INPUTS, few), alpha=0.6)
+    torch.testing.assert_close(weights(first), weights(second), rtol=1e-3, atol=1e-4)
+    with pytest.raises(UsageError, match="those that --label-fraction hides too"):
+        ran(two, ensemble="accuracy", label_fraction=0.3)
 
 
 def test_a_single_path_and_an_open_cache_go_on_working(two: list[Path]) -> None:
