@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from bench_measure import interleaved, ratio
 import kdcache
 
 ROWS, PIXELS, CLASSES = 8_000, 784, 10
-STEPS = "1500"
+STEPS = os.environ.get("KDCACHE_BENCH_STEPS", "500")
 TEMPERATURES, SEEDS = ("1", "2", "4", "8", "16"), ("0", "1")
 LISTS = ("--alpha", "0.9", "--temperature", ",".join(TEMPERATURES), "--seed", ",".join(SEEDS))
 LISTS += ("--labels-budget", "same-values")  # 12 runs
@@ -39,7 +40,7 @@ def made(folder: Path) -> tuple[str, ...]:
             with kdcache.Writer(folder / "teacher.h5", classes=CLASSES) as writer:
                 writer.write(np.arange(rows), (x @ centres.T / 100).astype(np.float32), y)
     data = ("--data", f"npz:{folder}/train.npz", "--val", f"npz:{folder}/val.npz")
-    student = ("--student", f"mlp:{PIXELS}-256-{CLASSES}", "--device", "cpu", "--steps", STEPS, "--eval-steps", "500")
+    student = ("--student", f"mlp:{PIXELS}-256-{CLASSES}", "--device", "cpu", "--steps", STEPS, "--eval-steps", "250")
     return (*data, "--cache", f"{folder}/teacher.h5", *student, "--quiet")
 
 
@@ -83,7 +84,7 @@ def test_a_sweep_in_two_processes_against_single_commands(figures: Any, bench_fo
         "one thread": lambda: one_by_one("--threads", "1"),
         "all threads": one_by_one,
     }
-    found = interleaved(sides, repeats=3)
+    found = interleaved(sides, repeats=2)
     runs = f"12 runs of {STEPS} steps, sweep --processes 2 --threads 1"
     for name, target in (("one thread", "<= 0.6"), ("all threads", "-")):
         figures.add(runs, ratio(found["sweep"], found[name]), target, against=f"12 x kdcache distill, {name}")
