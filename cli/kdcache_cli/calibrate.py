@@ -6,8 +6,10 @@ from pathlib import Path
 
 import click
 
-from kdcache_cli.command import define
+from kdcache_cli.command import CachePath, define
 from kdcache_cli.output import emit
+
+_WITH_KIND = {"ece": "ece (equal width)", "ece_equal_mass": "ece (equal mass)"}
 
 
 @define(
@@ -17,7 +19,7 @@ from kdcache_cli.output import emit
         "kdcache calibrate train.h5 --on val.h5 --method bias -o train.calibration.json --json",
     ),
 )
-@click.argument("cache", type=click.Path(path_type=Path))
+@click.argument("cache", type=CachePath())
 @click.option(
     "--on", type=click.Path(path_type=Path), help="Fit to the rows of this cache of the same teacher instead."
 )
@@ -64,4 +66,8 @@ def command(
         allow_seen=allow_seen,
         overwrite=overwrite,
     )
-    emit(result.to_json(), as_json=as_json)
+    found = result.to_json()
+    if not as_json:
+        for part in ("before", "after"):
+            found[part] = {_WITH_KIND.get(name, name): value for name, value in found[part].items()}
+    emit(found, as_json=as_json)

@@ -73,6 +73,19 @@ class Command(click.Command):
                 click.echo(f"Warning: the variable {name} sets no option of {self.name}.", err=True)
 
 
+class CachePath(click.Path):
+    """The path of a cache; an empty one, of a variable that is not set, would mean the working directory."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """A `Path`; refuses an empty text."""
+        if value == "":
+            self.fail("the path is empty: name a cache", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 def define(
     name: str, *, examples: tuple[str, ...], record: type[Any] | None = None
 ) -> Callable[[Callable[..., None]], Command]:

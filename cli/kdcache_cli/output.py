@@ -57,9 +57,9 @@ def to_json(value: Any) -> str:
 def to_lines(result: Mapping[str, Any], indent: str = "") -> Iterator[str]:
     """The entries of a nested mapping, keys aligned, inner mappings indented; what a terminal would obey is escaped."""
     shown = [(printable(str(key)), value) for key, value in result.items()]
-    width = max((len(key) for key, value in shown if not isinstance(value, Mapping)), default=0)
+    width = max((len(key) for key, value in shown if not isinstance(value, Mapping) or not value), default=0)
     for key, value in shown:
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and value:
             yield f"{indent}{key}:"
             yield from to_lines(value, indent + "  ")
         else:
@@ -67,7 +67,7 @@ def to_lines(result: Mapping[str, Any], indent: str = "") -> Iterator[str]:
 
 
 def _as_text(value: Any) -> str:
-    if value is None:
+    if value is None or isinstance(value, Mapping):  # one with entries has lines of its own
         return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"

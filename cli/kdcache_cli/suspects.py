@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from kdcache_cli.command import define
+from kdcache_cli.command import CachePath, define
 from kdcache_cli.output import emit
 
 _SHOWN = 10
@@ -19,7 +19,7 @@ _SHOWN = 10
         "kdcache suspects teacher/ -o worst.csv --score margin --limit 200 --json",
     ),
 )
-@click.argument("cache", type=click.Path(path_type=Path))
+@click.argument("cache", type=CachePath())
 @click.option("--out", "-o", type=click.Path(path_type=Path), required=True, help="The CSV file to make.")
 @click.option(
     "--score",
@@ -33,7 +33,7 @@ _SHOWN = 10
 @click.option(
     "--temperature", type=float, default=1.0, show_default=True, help="Divides the logits; top-k: a stored T."
 )
-@click.option("--overwrite", is_flag=True, help="Replace the file if it exists.")
+@click.option("--overwrite", is_flag=True, help="Replace the list if it exists; no other file is.")
 @click.option("--quiet", is_flag=True, help="No progress on stderr.")
 def command(
     cache: Path,

@@ -7,11 +7,14 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias, final
+from typing import TYPE_CHECKING, TypeAlias, final
 
 from kdcache.errors import UsageError
 from kdcache.store import posix
 from kdcache.store.cache import Cache
+
+if TYPE_CHECKING:
+    from kdcache.stages.distill_options import DistillOptions
 
 CachePath: TypeAlias = str | os.PathLike[str] | Cache
 Caches: TypeAlias = CachePath | Sequence[CachePath]
@@ -61,6 +64,30 @@ def asked_caches(given: Caches | None, texts: Sequence[str], *, option: str) -> 
                 f"{option} PATH=WEIGHT"
             )
     return found
+
+
+def check_apart(options: DistillOptions, asked: Sequence[AskedCache], asked_val: Sequence[AskedCache]) -> None:
+    """Refuses to replace a folder from which the run itself reads: what is removed could not be read again.
+
+    Raises:
+        UsageError: --out may be replaced, and a cache or the first weights lie in it.
+    """
+    if options.out is None or not (options.overwrite or options.resume):
+        return
+    places: list[tuple[str, str | os.PathLike[str]]] = [
+        (option, one.cache.path if isinstance(one.cache, Cache) else one.cache)
+        for option, caches in (("--cache", asked), ("--val-cache", asked_val))
+        for one in caches
+    ]
+    if options.init is not None and options.overwrite:
+        places.append(("--init", options.init))
+    folder = os.path.realpath(options.out)
+    for option, path in places:
+        if os.path.realpath(path).startswith(os.path.join(folder, "")) or os.path.realpath(path) == folder:
+            raise UsageError(
+                f"{option} {Path(path).name} lies in --out {options.out}, whose content a new run replaces: choose "
+                f"another --out, or move what {option} names out of it"
+            )
 
 
 def parse_cache(text: str, *, option: str) -> AskedCache:

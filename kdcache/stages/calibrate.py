@@ -119,7 +119,10 @@ def calibrate(
         if found.bound is not None:
             notes.append(_about_bound(found.bound))
         if before.nll is not None and after.nll is not None and after.nll >= before.nll:
-            notes.append("on the rows held out the NLL is no better than without: keep temperature 1")
+            notes.append(
+                "on the rows held out the NLL is no better than without: the file is written all the same, and will "
+                "hardly change anything; leave out --calibration"
+            )
         fitted_on = {
             "cache": source.path.name,
             "root": source.root,

@@ -105,7 +105,7 @@ def read_calibration(path: str | Path) -> StoredCalibration:
 
     Raises:
         CorruptCacheError: not what `kdcache calibrate` wrote.
-        IncompleteCacheError: no such file.
+        UsageError: no such file.
     """
     return _parse(Path(path))
 
@@ -119,9 +119,8 @@ def load_calibration(path: str | Path, cache: Cache) -> StoredCalibration:
 
     Raises:
         MismatchError: it is of another cache.
-        UsageError: this cache's rows cannot serve it.
+        UsageError: no such file, or this cache's rows cannot serve it.
         CorruptCacheError: not what `kdcache calibrate` wrote.
-        IncompleteCacheError: no such file.
     """
     where = Path(path)
     stored = _parse(where)
@@ -135,6 +134,8 @@ def load_calibration(path: str | Path, cache: Cache) -> StoredCalibration:
 
 
 def _parse(path: Path) -> StoredCalibration:
+    if not posix.exists(path):
+        raise UsageError(f"there is no file {path}: a calibration is what `kdcache calibrate` writes")
     content = load_sealed(posix.read_file(path, MAX_JSON_BYTES), where=path.name, advice=_ADVICE)
     version = content.get("kdcache_calibration")
     if type(version) is not int or version != FORMAT or content.keys() != _KEYS:

@@ -3,7 +3,8 @@
     {"student": ["even", "odd"], "map": {"0": "even", "1": "odd", "2": "even", "lamp": null}}
 
 A class of the teacher is named by its name in the cache, else by its number as text; one of the student by its name, or
-its number among `student`. null leaves a class of the teacher out. Every class of the teacher must be in the map.
+its number among `student`. null leaves a class of the teacher out. Every class of the teacher must be in the map. Of
+several teachers one map has the classes of all.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import Any, TypeAlias, final
 
 from kdcache.errors import CorruptCacheError, MismatchError, UsageError
 from kdcache.format.identity import fingerprint
@@ -19,6 +20,8 @@ from kdcache.format.strict_json import MAX_JSON_BYTES, load_json
 from kdcache.stages.choices import NOVEL
 from kdcache.store import posix
 from kdcache.train.class_map import DROPPED, ClassMap, repeated
+
+OtherTeacher: TypeAlias = tuple[str, Sequence[str] | None, int]  # its name, its class names, their number
 
 BY_NAMES = "names"
 _SHOWN = 6
@@ -86,6 +89,7 @@ def load_class_map(
     teacher_count: int,
     student: Sequence[str] | None,
     cache_name: str,
+    others: Sequence[OtherTeacher] = (),
 ) -> StoredClassMap:
     """The map that `--classes` names.
 
@@ -96,6 +100,7 @@ def load_class_map(
         teacher_count: number of its classes.
         student: ordered class names of the data, None where they have none.
         cache_name: for messages.
+        others: teachers that the map is for as well, whose classes it may have beside this one's.
 
     Raises:
         UsageError: no such file, no names, or a file that cannot be meant.
@@ -128,7 +133,9 @@ def load_class_map(
             f"{path.name}: `student` are not the classes of the training data in their order ({detail}); labels are "
             "numbers of these classes, so write them as the data has them"
         )
-    targets = _targets(content["map"], teacher, teacher_count, names, where=path.name, cache_name=cache_name)
+    targets = _targets(
+        content["map"], teacher, teacher_count, names, where=path.name, cache_name=cache_name, others=others
+    )
     return StoredClassMap(ClassMap(targets, len(names)), names, path.name, novel)
 
 
@@ -154,18 +161,24 @@ def _targets(
     *,
     where: str,
     cache_name: str,
+    others: Sequence[OtherTeacher],
 ) -> tuple[int, ...]:
     found: dict[int, int] = {}
     names = {} if teacher is None else {name: number for number, name in enumerate(teacher)}
+    by_name_alone = bool(others) and bool(names) and names.keys() <= pairs.keys()  # then numbers are of the others
     places = {name: number for number, name in enumerate(student)}
     for key, value in pairs.items():
-        number = _teacher_class(key, names, count)
+        number = names.get(key) if by_name_alone else _teacher_class(key, names, count)
+        if number is None and any(_knows(other, key) for other in others):
+            continue
         if number is None:
             known = f"its names begin {list(names)[:_SHOWN]!r:.200}" if names else "it has no names, only numbers"
             raise MismatchError(
                 f"{where}: {key!r:.80} is none of the {count} classes of {cache_name} ({known}); write the name, or "
                 f"the number from 0 to {count - 1}"
             )
+        if teacher is not None and key not in names:
+            _check_number(number, teacher, others, where=where, cache_name=cache_name)
         if number in found:
             raise UsageError(
                 f"{where}: class {number} of the teacher is in the map twice, the second time as {key!r:.80}"
@@ -179,6 +192,23 @@ def _targets(
             f"{' ...' if len(missing) > _SHOWN else ''}. Say what each of them is, or null for one to leave out"
         )
     return tuple(found[number] for number in range(count))
+
+
+def _knows(other: OtherTeacher, key: str) -> bool:
+    _, names, count = other
+    return _teacher_class(key, dict.fromkeys(names or (), 0), count) is not None
+
+
+def _check_number(
+    number: int, teacher: Sequence[str], others: Sequence[OtherTeacher], *, where: str, cache_name: str
+) -> None:
+    """Refuses a number that is another class of another teacher."""
+    for name, names, count in others:
+        if names is not None and number < count and names[number] != teacher[number]:
+            raise UsageError(
+                f"{where}: the number {number} is the class {teacher[number]!r:.80} of {cache_name} and "
+                f"{names[number]!r:.80} of {name}: write the names of the classes"
+            )
 
 
 def _teacher_class(key: str, names: dict[str, int], count: int) -> int | None:

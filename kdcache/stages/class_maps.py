@@ -16,6 +16,7 @@ from kdcache.stages.choices import NOVEL
 from kdcache.stages.class_map_file import StoredClassMap, load_class_map
 from kdcache.stages.distill_inputs import Source
 from kdcache.stages.distill_options import DistillOptions
+from kdcache.stages.label_fraction import labels_at_hand
 from kdcache.stages.loss_options import loss_settings, needs_teacher
 from kdcache.store.cache import Cache
 from kdcache.train.class_map import MEAN_REFUSED, ClassMap
@@ -47,9 +48,26 @@ def with_classes(source: Source, held_out: Source | None, options: DistillOption
         student=source.class_names,
         cache_name=source.cache.path.name,
     )
+    check_labels(found, source)
     _check_served(found, source.cache, options)
     held_out = _held_out_with(found, held_out, source.cache)
     return replace(source, classes=found), held_out
+
+
+def check_labels(found: StoredClassMap, source: Source) -> None:
+    """Refuses labels that are none of the map's classes of the student; names, where data have them, were compared.
+
+    Raises:
+        MismatchError: the label, as far as labels can be had without a pass over the data.
+    """
+    if source.class_names is not None:
+        return
+    labels = labels_at_hand(source.dataset)
+    if len(labels) and labels.max() >= len(found.student):
+        raise MismatchError(
+            f"{found.source}: `student` has {len(found.student)} classes, and the {source.name} data has the label "
+            f"{labels.max()}: write all classes of the data, in the order of their numbers"
+        )
 
 
 def _check_order(source: Source | None) -> None:

@@ -20,7 +20,7 @@ from kdcache.errors import InterruptedRunError, KDCacheError, UsageError
 from kdcache.format.identity import as_root
 from kdcache.stages import checkpoint
 from kdcache.stages.amp import grad_scaler
-from kdcache.stages.asked_caches import Caches, asked_caches
+from kdcache.stages.asked_caches import Caches, asked_caches, check_apart
 from kdcache.stages.class_maps import with_classes
 from kdcache.stages.devices import torch_threads
 from kdcache.stages.distill_inputs import (
@@ -52,7 +52,7 @@ from kdcache.stages.run_record import check_folder, now, prepare_folder, read_re
 from kdcache.stages.signals import StopRequest, graceful_signals
 from kdcache.stages.specs import one_line
 from kdcache.stages.student_views import view_settings
-from kdcache.stages.switching import asked_refresh, check_refresh
+from kdcache.stages.switching import asked_refresh, check_comes, check_refresh
 from kdcache.stages.tail_note import tail_lines
 from kdcache.stages.training import State, Trainer
 from kdcache.store.posix import exists, translated, unlink
@@ -148,6 +148,8 @@ def prepared_run(
     Inside the block the generators, the threads and the signals are the run's. Nothing is written.
     """
     options = resolve(options)
+    if student is not None:
+        options = replace(options, student=None)  # else the record would name another student than the one trained
     # Without a folder nothing could be saved, so a signal then means what it always does.
     signals = contextlib.nullcontext(StopRequest()) if options.out is None else graceful_signals()
     with (
@@ -161,6 +163,7 @@ def prepared_run(
         train_data = _chosen("data", data, options)
         asked = asked_caches(cache, several(options.cache), option="--cache")
         asked_val = asked_caches(val_cache, several(options.val_cache), option="--val-cache")
+        check_apart(options, asked, asked_val)
         settings = view_settings(options, augment)
         if options.expect_root is not None and len(asked) != 1:
             if not asked:
@@ -198,6 +201,7 @@ def prepared_run(
         ranks.copy_from_first([*net.parameters(), *net.buffers()])
         checkpoint.seed_generators((options.seed + RANK_SEED_STEP * ranks.rank) % 2**63)
         trainer = _build_trainer(net, width, (source, held_out), options, ranks)
+        check_comes(refresh, trainer)
         if refresh is not None and refresh.ema is not None:
             refresh.ema.begin(net)
             trainer = replace(trainer, ema=refresh.ema)

@@ -280,10 +280,11 @@ def open_student(
     """
     example = example_batch(source)
     known = source.num_classes if source.cache is None else source.taught_classes
+    instead = check_same_classes(source)
     if given is not None:
         student = given
     elif options.student is not None:
-        student = load_student(options.student, num_classes=known, example=example.inputs)
+        student = load_student(options.student, num_classes=known, example=example.inputs, instead=instead)
     else:
         raise UsageError("no student: give --student, for example mlp:784-128-10 or module:factory")
     student.to(device).eval()
@@ -300,13 +301,40 @@ def open_student(
     if source.classes is not None and width != known:
         raise MismatchError(f"the student has {width} classes, by --classes {source.classes.source} it has {known}")
     if source.cache is not None and width != known:
-        raise MismatchError(
-            f"the student has {width} classes, the teacher of {source.cache.path.name} has {known}: give the student "
-            "the teacher's classes, in the teacher's order, or say with --classes which is which"
+        advice = instead or (
+            f"the teacher of {source.cache.path.name} has {known}: give the student the teacher's classes, in the "
+            "teacher's order, or say with --classes which is which"
         )
+        raise MismatchError(f"the student has {width} classes, {advice}")
     if known is not None and width < known:
         raise MismatchError(f"the student has {width} classes, the {source.name} data has {known}")
     return student.train(), width
+
+
+def check_same_classes(source: Source) -> str | None:
+    """Refuses data whose labels no class of the teacher stands for, where no map says which is which.
+
+    Returns:
+        Where data and teacher have other numbers of classes all the same, what to say of a student that has not the
+        teacher's; else None. A teacher may have further classes behind those of the data.
+
+    Raises:
+        MismatchError: more classes than the teacher has, or fewer with other names.
+    """
+    cache, names = source.cache, source.class_names
+    count = source.num_classes or (None if names is None else len(names))
+    if cache is None or source.classes is not None or count in (None, cache.num_classes):
+        return None
+    assert count is not None
+    by_names = names is not None and cache.classes is not None and {*cache.classes} <= {*names}
+    found = (
+        f"the {source.name} data has {count} classes, the teacher of {cache.path.name} has {cache.num_classes}: say "
+        f"which is which with {'--classes names, or ' if by_names else ''}--classes MAP.json"
+    )
+    are_others = None not in (names, cache.classes) and not {*(names or ())} <= {*(cache.classes or ())}
+    if count > cache.num_classes or are_others:
+        raise MismatchError(found)
+    return found
 
 
 def check_signal(source: Source, held_out: Source | None, options: DistillOptions, *, refreshed: bool = False) -> None:

@@ -32,7 +32,7 @@ from kdcache.store.plan import default_shard_rows
 from kdcache.store.rewrite import Block, Rewriting, check_target, write_cache
 from kdcache.store.rows import TeacherRows
 from kdcache.train.ensemble import Ensemble
-from kdcache.train.ensemble_rules import Rule
+from kdcache.train.ensemble_rules import OF_ENSEMBLE, Rule
 
 ENSEMBLE = "ensemble"
 _KEPT = ("data", "views", "versions")  # of the first cache's provenance: what is true of the new one as well
@@ -97,23 +97,23 @@ def ensemble(
     _check_asked(asked, target, missing=missing, shard_rows=shard_rows, overwrite=overwrite)
     open_caches = [opened(one) for one in asked]
     first = open_caches[0]
-    chosen = chosen_rule(rule, open_caches)
+    chosen = chosen_rule(rule, open_caches, words=OF_ENSEMBLE)
     if chosen.name == "random":
         raise UsageError(
             "--rule random draws a teacher in each step of a run, and makes no cache: give distill all caches"
         )
     stored = matched_calibrations(calibration, open_caches)
-    maps = [ordered_like(cache, first) for cache in open_caches]
+    maps = [ordered_like(cache, first, words=OF_ENSEMBLE) for cache in open_caches]
     members = members_of(open_caches, [one.weight for one in asked], stored, maps)
     makes_logits = isinstance(Ensemble(members, chosen, lambda step: 1.0).encoding, Dense)
     at = _temperature(temperature, chosen, makes_logits=makes_logits)
     check_views(open_caches, first.views)
-    check_coverage(open_caches, first.sample_ids, missing="error" if missing == "error" else "ce")
+    check_coverage(open_caches, first.sample_ids, missing=missing, words=OF_ENSEMBLE)
     check_same_labels(members, first.sample_ids)
-    check_members(chosen, members, at)
+    check_members(chosen, members, at, words=OF_ENSEMBLE)
     if chosen.name == "cross-entropy" and not first.has_labels:
         raise UsageError(f"--rule cross-entropy asks for the label of each row, and {first.path.name} has none")
-    skill, notes = measured_skill(chosen, members)
+    skill, notes = measured_skill(chosen, members, words=OF_ENSEMBLE)
     routes, digest = load_routes(chosen, open_caches, first.sample_ids)
     teaching = Ensemble(members, chosen, lambda step: at, skill, routes)
     teachers = Teachers(teaching, tuple(stored), (), digest)
@@ -131,7 +131,7 @@ def ensemble(
         first.catalog.head.keep()
     job = Rewriting(first.catalog, result, first.views, _recode(teaching, encoding))
     root = write_cache(job, first.path, target, overwrite=overwrite, progress=progress)
-    return EnsembleResult(root, chosen.name, (note_of(teaching), *notes))
+    return EnsembleResult(root, chosen.shown, (note_of(teaching), *notes))
 
 
 def _check_asked(

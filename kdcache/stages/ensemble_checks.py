@@ -15,7 +15,7 @@ from kdcache.train.cache_views import recorded_pipeline
 from kdcache.train.capability import require
 from kdcache.train.ensemble import Member
 from kdcache.train.ensemble_mean import check_stored
-from kdcache.train.ensemble_rules import Rule
+from kdcache.train.ensemble_rules import OF_DISTILL, Rule, Words
 
 
 def check_views(caches: Sequence[Cache], views: Sequence[int]) -> None:
@@ -47,13 +47,16 @@ def check_views(caches: Sequence[Cache], views: Sequence[int]) -> None:
             raise MismatchError(f"{cache.path.name} has the views {list(cache.views)}, not {gone}")
 
 
-def check_coverage(caches: Sequence[Cache], sample_ids: np.ndarray, *, missing: str) -> np.ndarray:
+def check_coverage(
+    caches: Sequence[Cache], sample_ids: np.ndarray, *, missing: str, words: Words = OF_DISTILL
+) -> np.ndarray:
     """Which samples have a teacher: positions (n,) int64, ascending.
 
     Args:
         caches: of the teachers.
         sample_ids: (N,) of the data.
         missing: `error` wants every sample in every cache.
+        words: of the command, for messages.
 
     Raises:
         CoverageError: a cache lacks samples and `missing` is `error`; or it shares none with any other.
@@ -67,17 +70,17 @@ def check_coverage(caches: Sequence[Cache], sample_ids: np.ndarray, *, missing: 
             raise CoverageError(
                 f"{cache.path.name} lacks {len(absent)} of the {len(sample_ids)} samples: "
                 f"{show_ids(sample_ids[absent[:6]])}. Dump them as well, or let the other teachers speak for them "
-                "(--missing ce or skip)"
+                f"({words.missing})"
             )
         if not (found[number] & (votes > 1)).any():
             raise CoverageError(
-                f"{cache.path.name} shares no sample of the data with any other --cache ({int(found[number].sum())} of "
-                f"the {len(sample_ids)} are in it): several teachers become one where they speak about the same "
-                "sample. Were they dumped from the same data, with the same ids?"
+                f"{cache.path.name} shares no sample of the data with any other {words.cache} "
+                f"({int(found[number].sum())} of the {len(sample_ids)} are in it): several teachers become one where "
+                "they speak about the same sample. Were they dumped from the same data, with the same ids?"
             )
     positions = np.flatnonzero(votes > 0)
     if not len(positions):
-        raise DataError(f"no --cache holds any of the {len(sample_ids)} samples")
+        raise DataError(f"no {words.cache} holds any of the {len(sample_ids)} samples")
     return positions
 
 
@@ -102,8 +105,10 @@ def check_same_labels(members: Sequence[Member], sample_ids: np.ndarray) -> None
         differs = np.flatnonzero((labels >= 0) & (known >= 0) & (labels != known))
         if len(differs):
             at = int(differs[0])
+            is_mapped = member.teacher.classes is not None
+            own_number = f" (there {int(stored[rows[at]])}, as its classes are mapped)" if is_mapped else ""
             raise MismatchError(
-                f"sample {show_id(sample_ids[at])} has the label {int(labels[at])} in {member.name} and "
+                f"sample {show_id(sample_ids[at])} has the label {int(labels[at])} in {member.name}{own_number} and "
                 f"{int(known[at])} in {members[int(whose[at])].name}; {len(differs)} labels differ. The caches are of "
                 "other data or ids, or number their classes in another order (class names in the dumps would tell)"
             )
@@ -111,7 +116,7 @@ def check_same_labels(members: Sequence[Member], sample_ids: np.ndarray) -> None
         known, whose = np.where(is_new, labels, known), np.where(is_new, number, whose)
 
 
-def check_members(rule: Rule, members: Sequence[Member], temperature: float) -> None:
+def check_members(rule: Rule, members: Sequence[Member], temperature: float, *, words: Words = OF_DISTILL) -> None:
     """Refuses caches whose rows cannot serve a rule.
 
     Raises:
@@ -128,11 +133,11 @@ def check_members(rule: Rule, members: Sequence[Member], temperature: float) -> 
         is_topk = isinstance(encoding, TopK) and not encoding.has_all_logits
         if rule.needs_all_logits and is_topk:
             raise UsageError(
-                f"--ensemble {rule} needs the logits of all classes, and {member.name} holds {encoding.name} rows: use "
-                "soft-targets, or a cache with all logits (--dtype float16, int8 or int4)"
+                f"{words.rule} {rule} needs the logits of all classes, and {member.name} holds {encoding.name} rows: "
+                "use soft-targets, or a cache with all logits (--dtype float16, int8 or int4)"
             )
         if (rule.is_per_row or is_topk) and len(encoding.row_shape) > 1:
-            raise UsageError(f"--ensemble {rule} is of rows (N, C), and {member.name} has rows {encoding.row_shape}")
+            raise UsageError(f"{words.rule} {rule} is of rows (N, C), and {member.name} has rows {encoding.row_shape}")
         if is_topk:
             assert isinstance(encoding, TopK)
             calibration = member.teacher.calibration
@@ -143,5 +148,5 @@ def check_members(rule: Rule, members: Sequence[Member], temperature: float) -> 
                 require("nll", encoding)
         if rule.name == "cross-entropy" and cache.catalog.schema.is_mixed:
             raise UsageError(
-                f"--ensemble cross-entropy asks for the label of each row, and the views of {member.name} are mixed"
+                f"{words.rule} cross-entropy asks for the label of each row, and the views of {member.name} are mixed"
             )

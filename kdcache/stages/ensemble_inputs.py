@@ -147,7 +147,7 @@ def with_teachers(
     caches = [source.cache, *(opened(one) for one in asked[1:])]
     rule = chosen_rule(options.ensemble, caches)
     stored = matched_calibrations(several(options.calibration), caches)
-    maps = [class_map_of(cache, caches[0], source, options) for cache in caches]
+    maps = [class_map_of(cache, caches, source, options) for cache in caches]
     members = members_of(caches, [one.weight for one in asked], stored, maps)
     views = caches[0].views if source.items is None or source.items.views is None else source.items.views
     check_views(caches, views)
@@ -163,8 +163,8 @@ def with_teachers(
     _check_course(rule, members, options, own_val=own_val)
     if rule.needs_labelled_cache and options.label_fraction is not None and options.label_fraction < 1:
         raise UsageError(
-            f"--ensemble {rule} measures each teacher on all labels of its cache, those that --label-fraction hides too: "
-            "say the weights yourself (--cache PATH=WEIGHT), or take another rule"
+            f"--ensemble {rule} measures each teacher on all labels of its cache, those that --label-fraction hides "
+            "too: say the weights yourself (--cache PATH=WEIGHT), or take another rule"
         )
     skill, notes = measured_skill(rule, members)
     routes, digest = load_routes(rule, caches, source.sample_ids[positions])
@@ -239,7 +239,7 @@ def note_of(ensemble: Ensemble) -> str:
         shares = shares * ensemble.skill.weights(ensemble.rule, ensemble.encoding.num_classes)
     named = zip(ensemble.members, (shares / shares.sum()).tolist(), strict=True)
     names = ", ".join(f"{member.name} ({share:.3g})" for member, share in named)
-    return f"{len(ensemble.members)} teachers by the rule {ensemble.rule.name}: {names}"
+    return f"{len(ensemble.members)} teachers by the rule {ensemble.rule.shown}: {names}"
 
 
 def _check_course(rule: Rule, members: Sequence[Member], options: DistillOptions, *, own_val: bool) -> None:

@@ -10,14 +10,14 @@ from kdcache.stages.asked_caches import AskedCache
 from kdcache.stages.calibration_file import StoredCalibration, load_calibration, read_calibration
 from kdcache.stages.choices import NOVEL
 from kdcache.stages.class_map_file import StoredClassMap, load_class_map
-from kdcache.stages.class_maps import check_rows
+from kdcache.stages.class_maps import check_labels, check_rows
 from kdcache.stages.distill_inputs import Source
 from kdcache.stages.distill_options import DistillOptions
 from kdcache.store.cache import Cache
 from kdcache.store.cache import open as open_cache
 from kdcache.train.class_map import ClassMap
 from kdcache.train.ensemble import Member
-from kdcache.train.ensemble_rules import Rule, parse_rule
+from kdcache.train.ensemble_rules import OF_DISTILL, Rule, Words, parse_rule
 from kdcache.train.teaching import OneTeacher
 
 
@@ -31,14 +31,14 @@ def opened(asked: AskedCache) -> Cache:
     return asked.cache if isinstance(asked.cache, Cache) else open_cache(asked.cache)
 
 
-def chosen_rule(text: str | None, caches: Sequence[Cache]) -> Rule:
+def chosen_rule(text: str | None, caches: Sequence[Cache], *, words: Words = OF_DISTILL) -> Rule:
     """The rule asked for: by default `logits`, or `soft-targets` where a cache does not hold all logits.
 
     Raises:
         UsageError: it is not known.
     """
     if text is not None:
-        return parse_rule(text)
+        return parse_rule(text, option=words.rule)
     return Rule("logits" if all(cache.encoding.has_all_logits for cache in caches) else "soft-targets")
 
 
@@ -47,8 +47,8 @@ def matched_calibrations(files: Sequence[str], caches: Sequence[Cache]) -> list[
 
     Raises:
         MismatchError: one is of no cache here.
-        UsageError: two of one cache, or rows that cannot serve it.
-        CorruptCacheError, IncompleteCacheError: not what `kdcache calibrate` wrote, or no such file.
+        UsageError: no such file, two of one cache, or rows that cannot serve it.
+        CorruptCacheError: not what `kdcache calibrate` wrote.
     """
     found: list[StoredCalibration | None] = [None] * len(caches)
     for file in files:
@@ -66,7 +66,9 @@ def matched_calibrations(files: Sequence[str], caches: Sequence[Cache]) -> list[
     return found
 
 
-def class_map_of(cache: Cache, first: Cache, source: Source, options: DistillOptions) -> StoredClassMap | None:
+def class_map_of(
+    cache: Cache, caches: Sequence[Cache], source: Source, options: DistillOptions
+) -> StoredClassMap | None:
     """How the classes of one teacher become the student's: by --classes, else by names in the order of the first.
 
     Raises:
@@ -82,6 +84,7 @@ def class_map_of(cache: Cache, first: Cache, source: Source, options: DistillOpt
             teacher_count=cache.num_classes,
             student=source.class_names,
             cache_name=name,
+            others=[(other.path.name, other.classes, other.num_classes) for other in caches if other is not cache],
         )
         if found.classes.novel:
             shown = ", ".join(found.student[number] for number in found.classes.novel[:6])
@@ -89,12 +92,13 @@ def class_map_of(cache: Cache, first: Cache, source: Source, options: DistillOpt
                 f"--classes: {name} does not know {len(found.classes.novel)} of the student's classes ({shown:.200}), "
                 "and several teachers have to know the same classes: leave it out, or distil from it alone"
             )
+        check_labels(found, source)
         check_rows(found.classes, cache)
         return found
-    return ordered_like(cache, first)
+    return ordered_like(cache, caches[0])
 
 
-def ordered_like(cache: Cache, first: Cache) -> StoredClassMap | None:
+def ordered_like(cache: Cache, first: Cache, *, words: Words = OF_DISTILL) -> StoredClassMap | None:
     """The map of a cache's classes to the order of the first one's, by their names; None for the same order.
 
     Raises:
@@ -102,7 +106,6 @@ def ordered_like(cache: Cache, first: Cache) -> StoredClassMap | None:
         MismatchError: other classes, or rows of another shape.
     """
     name, other = cache.path.name, first.path.name
-    advice = "bring each teacher's classes to the student's with --classes"
     if cache.encoding.row_shape[1:] != first.encoding.row_shape[1:]:
         raise MismatchError(
             f"the rows of {name} have the shape {cache.encoding.row_shape}, those of {other} "
@@ -111,19 +114,21 @@ def ordered_like(cache: Cache, first: Cache) -> StoredClassMap | None:
     mine, theirs = cache.classes, first.classes
     if mine is None and theirs is None:
         if cache.num_classes != first.num_classes:
-            raise MismatchError(f"{name} has {cache.num_classes} classes, {other} {first.num_classes}: {advice}")
+            raise MismatchError(f"{name} has {cache.num_classes} classes, {other} {first.num_classes}: {words.classes}")
         return None
     if mine is None or theirs is None:
         unnamed = name if mine is None else other
         raise UsageError(
-            f"{unnamed} does not name its classes, so that their order is not known beside the other: {advice}"
+            f"{unnamed} does not name its classes, so that their order is not known beside the other: {words.classes}"
         )
     if mine == theirs:
         return None
     missing = sorted({*mine} ^ {*theirs})
     if missing:
         shown = ", ".join(repr(one) for one in missing[:6])
-        raise MismatchError(f"{name} and {other} have other classes ({shown:.300} in one of them alone): {advice}")
+        raise MismatchError(
+            f"{name} and {other} have other classes ({shown:.300} in one of them alone): {words.classes}"
+        )
     return StoredClassMap(ClassMap.of_names(mine, theirs), tuple(theirs), "names")
 
 

@@ -15,7 +15,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from kdcache.errors import CoverageError, DataError, UsageError
+from kdcache.errors import CoverageError, UsageError
 from kdcache.format.identity import as_sample_ids, show_ids
 from kdcache.store import posix
 from kdcache.store.cache import Cache
@@ -38,14 +38,15 @@ def load_routes(rule: Rule, caches: Sequence[Cache], sample_ids: np.ndarray) -> 
         sample_ids: of the data, all of which the file must name.
 
     Raises:
-        UsageError: another table, or a teacher that is none.
+        UsageError: no such file, another table, a teacher that is none, or a sample twice.
         CoverageError: samples without a line.
-        DataError: a sample twice.
-        IncompleteCacheError: no such file.
     """
     if rule.file is None:
         return None, None
     path = Path(rule.file)
+    if not posix.exists(path):
+        columns = " and ".join(_COLUMNS)
+        raise UsageError(f"there is no file {rule.file}: a route names a table with the columns {columns}")
     content = posix.read_file(path, MAX_BYTES)
     ids, teachers = _read(content, path, _numbers(caches), is_integer=sample_ids.dtype.kind == "i")
     known = as_sample_ids(ids)
@@ -53,7 +54,7 @@ def load_routes(rule: Rule, caches: Sequence[Cache], sample_ids: np.ndarray) -> 
     ranked = known[order]
     twice = np.flatnonzero(ranked[1:] == ranked[:-1])
     if len(twice):
-        raise DataError(f"{path.name} names the sample {show_ids(ranked[twice[:1]])} twice: give each one teacher")
+        raise UsageError(f"{path.name} names the sample {show_ids(ranked[twice[:1]])} twice: give each one teacher")
     index, numbers = IdIndex.of_array(known, path), np.array(teachers, np.int64)
     absent = np.flatnonzero(index.find(sample_ids) < 0)
     if len(absent):

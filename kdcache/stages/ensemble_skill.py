@@ -18,14 +18,16 @@ from kdcache.store.scan import scan
 from kdcache.train.calibration_metrics import CalibrationMetrics, clean_labels
 from kdcache.train.capability import require
 from kdcache.train.ensemble import Member
-from kdcache.train.ensemble_rules import Rule
+from kdcache.train.ensemble_rules import OF_DISTILL, Rule, Words
 from kdcache.train.ensemble_weights import Skill
 
 LEAST_ROWS = 10
 _BLOCK_BYTES = 8 << 20
 
 
-def measured_skill(rule: Rule, members: Sequence[Member]) -> tuple[Skill | None, list[str]]:
+def measured_skill(
+    rule: Rule, members: Sequence[Member], *, words: Words = OF_DISTILL
+) -> tuple[Skill | None, list[str]]:
     """What the rule weighs by, and what is to be said about it; None for rules that weigh by something else.
 
     Raises:
@@ -35,8 +37,8 @@ def measured_skill(rule: Rule, members: Sequence[Member]) -> tuple[Skill | None,
     """
     if not rule.needs_labelled_cache:
         return None, []
-    notes = [note for member in members for note in _check(rule, member)]
-    measured = [_of_member(rule, member) for member in members]
+    notes = [note for member in members for note in _check(rule, member, words)]
+    measured = [_of_member(rule, member, words) for member in members]
     skill = Skill(
         tuple(float((right.sum() + 0.5) / (rows.sum() + 1)) for right, rows, _ in measured),
         tuple(nll for _, _, nll in measured if nll is not None) or None,
@@ -51,19 +53,19 @@ def measured_skill(rule: Rule, members: Sequence[Member]) -> tuple[Skill | None,
     return skill, [f"{what} on the caches' labelled rows: {told}", *notes]
 
 
-def _check(rule: Rule, member: Member) -> list[str]:
+def _check(rule: Rule, member: Member, words: Words) -> list[str]:
     cache = member.cache
     seen = cache.provenance.get("teacher_seen")
     if not cache.has_labels or len(cache.encoding.row_shape) > 1:
         raise UsageError(
-            f"--ensemble {rule} measures each teacher on the labels of its cache, and {member.name} has none of single "
-            "rows: dump data with labels, or say the weights yourself (--cache PATH=WEIGHT)"
+            f"{words.rule} {rule} measures each teacher on the labels of its cache, and {member.name} has none of "
+            "single rows: dump data with labels, or say the weights yourself (PATH=WEIGHT)"
         )
     if seen == "yes":
         raise UsageError(
             f"the teacher of {member.name} was trained on these rows (teacher_seen: yes), on which it is right more "
-            f"often than on new ones, so that --ensemble {rule} would weigh by over-fitting: measure the teachers on "
-            "other rows and say the weights yourself (--cache PATH=WEIGHT)"
+            f"often than on new ones, so that {words.rule} {rule} would weigh by over-fitting: measure the teachers on "
+            "other rows and say the weights yourself (PATH=WEIGHT)"
         )
     if rule.name == "calibration":
         require("nll", cache.encoding)
@@ -75,7 +77,7 @@ def _check(rule: Rule, member: Member) -> list[str]:
     ]
 
 
-def _of_member(rule: Rule, member: Member) -> tuple[np.ndarray, np.ndarray, float | None]:
+def _of_member(rule: Rule, member: Member, words: Words) -> tuple[np.ndarray, np.ndarray, float | None]:
     """(C,) rows of each class that are right, (C,) rows of each class, and the NLL where the rule asks for it."""
     classes = member.cache.num_classes if member.teacher.classes is None else member.teacher.classes.num_classes
     right, rows, metrics = np.zeros(classes), np.zeros(classes), CalibrationMetrics()
@@ -90,8 +92,8 @@ def _of_member(rule: Rule, member: Member) -> tuple[np.ndarray, np.ndarray, floa
             metrics.add(made, labels)
     if rows.sum() < LEAST_ROWS:
         raise DataError(
-            f"{member.name} has {int(rows.sum())} labelled rows, and --ensemble {rule} measures its teacher on "
-            f"{LEAST_ROWS} at least: say the weights yourself (--cache PATH=WEIGHT)"
+            f"{member.name} has {int(rows.sum())} labelled rows, and {words.rule} {rule} measures its teacher on "
+            f"{LEAST_ROWS} at least: say the weights yourself (PATH=WEIGHT)"
         )
     if rule.name != "calibration":
         return right, rows, None

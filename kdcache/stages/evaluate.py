@@ -21,6 +21,7 @@ from kdcache.stages.objective import Objective, masked_kl
 from kdcache.stages.parallel import Team
 from kdcache.stages.training import Trainer
 from kdcache.train.capability import Service, service
+from kdcache.train.class_part import top_class_over
 from kdcache.train.cross_entropy import cross_entropy
 from kdcache.train.row_weights import per_position
 
@@ -39,9 +40,9 @@ def evaluate(trainer: Trainer, batches: Iterable[Any], objective: Objective, *, 
 
     Returns:
         `val_loss` (the training objective), and where rows have a label `val_nll` (nats) and
-        `val_accuracy`, where they have a teacher `agreement` (share of rows with the same top class) and
-        `teacher_kl` (mean KL(teacher || student) at temperature 1, nats; of top-k rows that of the bucketed
-        distributions, left out where they cannot tell). Dense prediction counts positions.
+        `val_accuracy`, where they have a teacher `agreement` (share of rows with the same top class among those that
+        the teacher knows) and `teacher_kl` (mean KL(teacher || student) at temperature 1, nats; of top-k rows that of
+        the bucketed distributions, left out where they cannot tell). Dense prediction counts positions.
     """
     student, team = trainer.student.eval(), trainer.team
     counts = torch.zeros(len(COUNTS), dtype=torch.float32 if team.device.type == "mps" else torch.float64)
@@ -67,7 +68,7 @@ def _counts(logits: Tensor, batch: Batch, objective: Objective) -> list[Tensor]:
         labelled = batch.labels >= 0
         found[2:5] = cross_entropy(logits, batch.labels).sum(), (top == batch.labels).sum(), labelled.sum()
     if batch.teacher is not None and service("top1", batch.teacher) is not Service.NO:
-        agrees = top == batch.teacher.encoding.top_class(batch.teacher.arrays)
+        agrees = top_class_over(logits, batch.teacher_classes) == batch.teacher.encoding.top_class(batch.teacher.arrays)
         taught = per_position(batch.teacher.has_teacher, agrees).expand(agrees.shape)
         found[6:8] = (agrees & taught).sum(), taught.sum()
     if batch.teacher is not None:

@@ -29,6 +29,7 @@ from kdcache.stages.order import permutation
 from kdcache.stages.training import State, Trainer
 from kdcache.train.calibration_metrics import Bins, equal_mass_bins, equal_width_bins
 from kdcache.train.capability import Service, service
+from kdcache.train.class_part import top_class_over
 
 CONFUSIONS = 20
 TRAINING_ROWS = 2000
@@ -37,7 +38,7 @@ _SAMPLE_EPOCH = 2**32 - 1  # no epoch that a run comes to
 _ECE = ("equal_width", "equal_mass")
 _DENSE = "the student's predictions are dense: more than one a row"
 # What is kept of a row, in this order; -1 for no label or teacher, NaN for a divergence that cannot be told.
-_COLUMNS = ("label", "top", "confidence", "nll", "brier", "teacher", "kl")
+_COLUMNS = ("label", "top", "confidence", "nll", "brier", "agreeing", "teacher", "kl")
 
 
 def final_measures(job: RunJob, state: State) -> dict[str, Any]:
@@ -127,14 +128,17 @@ def _of_training(found: dict[str, np.ndarray]) -> dict[str, Any]:
 
 
 def _fidelity(found: dict[str, np.ndarray]) -> dict[str, Any]:
-    """`taught` rows have a teacher; `agreement` is of them, `kl` of those whose rows can tell it (nats, at T = 1)."""
+    """`taught` rows have a teacher; `agreement` is of them, `kl` of those whose rows can tell it (nats, at T = 1).
+
+    A teacher that does not know all classes is agreed with among those that it knows, which its term is about too.
+    """
     taught = found["teacher"] >= 0
     if not taught.any():
         return {}
     divergences = found["kl"][taught & np.isfinite(found["kl"])]
     return {
         "taught": int(taught.sum()),
-        "agreement": float((found["teacher"] == found["top"])[taught].mean()),
+        "agreement": float((found["teacher"] == found["agreeing"])[taught].mean()),
         "kl": float(divergences.mean()) if len(divergences) else None,
     }
 
@@ -210,6 +214,7 @@ def _columns(logits: Tensor, batch: Batch) -> Tensor:
         confidence,
         -torch.log_softmax(logits, dim=1).gather(1, own[:, None]).squeeze(1),
         p.square().sum(dim=1) - 2 * own_p + 1,
+        top_class_over(logits, batch.teacher_classes),
         teacher,
         divergence,
     )

@@ -164,18 +164,42 @@ def labels_of(dataset: Any, *, name: str) -> np.ndarray | None:
         UsageError: the items have no labels.
         DataError: labels that are not integers.
     """
-    rows = len(dataset)
-    probes = np.unique(np.linspace(0, rows - 1, min(rows, _PROBES)).astype(np.int64)).tolist()
+    rows, probes = len(dataset), _probes(dataset)
     found = _item_labels(dataset, probes, name=name)
     if found is None:
         return None
-    for attribute in ("labels", "targets"):
-        column = label_array(getattr(dataset, attribute, None))
-        if column is not None and len(column) == rows and np.array_equal(column[probes], found):
-            return column.astype(np.int64)
+    column = _column(dataset, probes, found)
+    if column is not None:
+        return column
     every = [_item_labels(dataset, list(range(at, min(at + _BLOCK, rows))), name=name) for at in range(0, rows, _BLOCK)]
     parts = [part for part in every if part is not None]
     return np.concatenate(parts) if len(parts) == len(every) else None
+
+
+def labels_at_hand(dataset: Any) -> np.ndarray:
+    """(n,) int64 labels that cost no pass over the data: its array of them, else those of a few items; may be empty."""
+    probes = _probes(dataset)
+    found = label_array([label_of(item) for item in load_items(dataset, probes)])
+    if found is None:
+        return np.empty(0, np.int64)
+    column = _column(dataset, probes, found)
+    return found.astype(np.int64) if column is None else column
+
+
+def _probes(dataset: Any) -> list[int]:
+    found: list[int] = np.unique(np.linspace(0, len(dataset) - 1, min(len(dataset), _PROBES)).astype(np.int64)).tolist()
+    return found
+
+
+def _column(dataset: Any, probes: list[int], found: np.ndarray) -> np.ndarray | None:
+    """The data set's own array of labels, where it has one that agrees with the labels of some items."""
+    arrays = [getattr(dataset, "labels", None), getattr(dataset, "targets", None)]
+    tensors = getattr(dataset, "tensors", None)  # of a TensorDataset
+    for array in (*arrays, *(tensors[1:2] if isinstance(tensors, tuple) else ())):
+        column = label_array(array)
+        if column is not None and len(column) == len(dataset) and np.array_equal(column[probes], found):
+            return column.astype(np.int64)
+    return None
 
 
 def _item_labels(dataset: Any, indices: list[int], *, name: str) -> np.ndarray | None:

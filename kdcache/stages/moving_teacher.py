@@ -143,7 +143,7 @@ class MovingTeacher:
         **settings: fields of `PrecomputeOptions`, such as `dtype="int8"`; `teacher_saw` is "yes" by itself.
 
     Raises:
-        UsageError: not one of `decay` and `teacher`, or a number out of range.
+        UsageError: `every` or another number out of range, or not one of `decay` and `teacher`.
     """
 
     def __init__(
@@ -157,6 +157,7 @@ class MovingTeacher:
         keep: int | None = LEAST_KEPT,
         **settings: Any,
     ) -> None:
+        check_every(every)
         if (decay is None) == (teacher is None):
             raise UsageError("a moving teacher is the average of its student (decay=) or made from it (teacher=)")
         if keep is not None and keep < LEAST_KEPT:
@@ -181,6 +182,16 @@ class MovingTeacher:
     def _average(self) -> nn.Module:
         assert self.ema is not None
         return self.ema.module
+
+
+def check_every(every: Any) -> None:
+    """Refuses a number of epochs between two versions that cannot be meant.
+
+    Raises:
+        UsageError: not an integer, or below 1.
+    """
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise UsageError(f"a teacher is refreshed every n epochs (every=), n at least 1; found {every!r:.80}")
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:

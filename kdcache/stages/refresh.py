@@ -23,6 +23,7 @@ from kdcache.stages.data import LoadedData, load_data
 from kdcache.stages.precompute import precompute
 from kdcache.stages.precompute_inputs import data_of, teacher_of
 from kdcache.stages.precompute_options import PrecomputeOptions, options_of
+from kdcache.stages.specs import describe
 from kdcache.stages.teachers import LoadedTeacher
 from kdcache.store.cache import Cache
 from kdcache.store.posix import exists
@@ -73,7 +74,7 @@ def refresh(
         The new version, all of it mapped.
 
     Raises:
-        UsageError: settings that make no version, or `out` holds something else.
+        UsageError: a teacher that is no module, settings that make no version, or `out` holds something else.
         MismatchError: another process is writing a version there.
         LogitsError, DataError, StorageError, InterruptedRunError: as `precompute`; the version before stays current.
 
@@ -109,6 +110,11 @@ def current(out: PathLike) -> Cache:
 
 
 def _options(teacher: nn.Module | LoadedTeacher, settings: dict[str, Any]) -> PrecomputeOptions:
+    if not isinstance(teacher, (nn.Module, LoadedTeacher)):
+        raise UsageError(
+            f"refresh takes the teacher as a module (nn.Module), found {describe(teacher)}; what a SPEC names is "
+            "loaded with kdcache.stages.teachers.load_teacher"
+        )
     wrong = sorted(set(settings).intersection(_REFUSED))
     if wrong:
         raise UsageError(f"refresh does not take {wrong[0]!r}: teacher, data and folder are its arguments")

@@ -19,7 +19,7 @@ import numpy as np
 from kdcache.errors import UsageError
 from kdcache.stages.data import load_data
 from kdcache.stages.loaded_data import LoadedData
-from kdcache.stages.report_advice import data_advice, teacher_advice
+from kdcache.stages.report_advice import data_advice, named, teacher_advice
 from kdcache.stages.report_rows import measure
 from kdcache.store.cache import Cache
 from kdcache.store.cache import open as open_cache
@@ -38,7 +38,8 @@ class Report:
         data: figures of the data.
         students: of each setting that was run; empty without runs.
         unavailable: name -> why a value is None.
-        advice: `section`, `level` (ok, note, warning), `text`, `command`; at least one for each section.
+        advice: `section`, `level` (ok, note, warning), `text`, `command` (for a shell where the report was asked for,
+            with the path that was given; on the page with the cache's name alone); at least one for each section.
         path: of the page; None if none was asked for.
     """
 
@@ -73,7 +74,7 @@ def report(
         runs: folders that `distill` wrote, whose students are reported too.
         data: SPEC of the data that students are to see, to say how much of it the cache holds.
         out: the HTML page to make; needs the extra `report`.
-        overwrite: replace the page if it is there.
+        overwrite: replace the page if it is there; no other file is.
         progress: called with the number of rows after each block.
 
     Raises:
@@ -84,13 +85,17 @@ def report(
         CorruptCacheError, IncompleteCacheError, StorageError: of the cache or a run.
     """
     target = None if out is None else Path(out)
+    if not os.fspath(cache):
+        raise UsageError("the path of the cache is empty: name a cache")
+    if overwrite and target is None:
+        raise UsageError("--overwrite is about the page, and none is asked for: name it with --out")
     if target is not None:
         from kdcache.stages.report_html import check_html
 
         check_html(target, overwrite=overwrite)
-    students, student_advice = _students([Path(run) for run in runs])
     path = Path(cache)
     catalog = read_catalog(path)
+    students, student_advice = _students([Path(run) for run in runs], catalog.root)
     loaded = None if data is None else load_data(data)
     covered = None
     if loaded is not None:
@@ -112,7 +117,8 @@ def report(
         "data": {**measured.data, "coverage": covered and covered["share"], "covered": covered},
     }
     _name_infinite(found["teacher"], unavailable)
-    advice = [*teacher_advice(found), *data_advice(found), *student_advice]
+    own = [*teacher_advice(found), *data_advice(found)]
+    advice = [*named(own, path), *student_advice]
     result = Report(**found, students=students, unavailable=unavailable, advice=advice, path=target)
     if target is not None:
         from kdcache.stages.report_html import render
@@ -120,23 +126,24 @@ def report(
 
         suspects = [one["sample_id"] for one in result.data.get("suspects") or ()]
         pictures = {} if loaded is None else thumbnails(loaded, suspects)
-        render(result.to_json(), target, overwrite=overwrite, thumbnails=pictures)
+        travels = {**result.to_json(), "advice": [*named(own, Path(about["name"])), *student_advice]}
+        render(travels, target, overwrite=overwrite, thumbnails=pictures)
     return result
 
 
-def _students(runs: list[Path]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def _students(runs: list[Path], root: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     if not runs:
         return [], []
     from kdcache.stages.report_students import students
 
-    return students(runs)
+    return students(runs, root=root)
 
 
 def _about(catalog: Catalog, path: Path) -> dict[str, Any]:
     provenance, names = catalog.provenance, catalog.classes.names
     seen = provenance.get("teacher_seen")
     return {
-        "name": path.name,
+        "name": path.name or path.resolve().name,  # of "." too
         "root": catalog.root,
         "samples": catalog.samples,
         "rows": catalog.samples * len(catalog.views),

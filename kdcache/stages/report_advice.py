@@ -8,6 +8,9 @@ each class is and no more, below 0 for one that misleads. Unlike accuracy it mea
 from __future__ import annotations
 
 import math
+import re
+import shlex
+from pathlib import Path
 from typing import Any
 
 from kdcache.train.teacher_statistics import LEAST_ROWS
@@ -30,7 +33,26 @@ _SHOWN = 5
 # What a warning begins with.
 WEAK, WRONG_DOMAIN, OVER_FITTED = "weak teacher", "wrong domain", "over-fitted"
 
+# Stand in commands for the cache and for a new one beside it, until `named` knows what they are called.
+_CACHE, _NEW = "{cache}", "{new}"
+
 Advice = dict[str, Any]
+
+
+def named(advice: list[Advice], cache: Path) -> list[Advice]:
+    """The advice with commands for a shell: of the cache as somebody reaches it.
+
+    Args:
+        advice: of `teacher_advice` and `data_advice`.
+        cache: its path for the reader of a terminal, its name for a page that travels.
+    """
+    words = {_CACHE: _word(cache), _NEW: _word(cache.with_name(f"new-{cache.name}"))}
+    return [
+        {**one, "command": "".join(words.get(part, part) for part in re.split(r"(\{cache\}|\{new\})", one["command"]))}
+        if one["command"] is not None
+        else one
+        for one in advice
+    ]
 
 
 def information(teacher: dict[str, Any]) -> float | None:
@@ -55,13 +77,16 @@ def teacher_advice(found: dict[str, Any]) -> list[Advice]:
         else _calibration(cache, teacher)
     )
     advice += [*_softness(cache, teacher), *_classes(cache, teacher), *_views(cache, teacher)]
-    if not teacher["labelled"]:
+    if teacher["top1"] is None:
         text = "the rows have no labels, so nobody can say how good this teacher is: dump data that have them"
-        advice.append(_advice("teacher", "note", text, f"kdcache precompute --data SPEC --out {cache['name']} ..."))
-    if not any(one["level"] == "warning" for one in advice):
+        advice.append(_advice("teacher", "note", text, f"kdcache precompute --data SPEC --out {_NEW} ..."))
+    elif _is_of_one_class(teacher):
+        text = "all labels are of one class, so nobody can say how good this teacher is: dump rows of the others too"
+        advice.append(_advice("teacher", "note", text, f"kdcache precompute --data SPEC --out {_NEW} ..."))
+    elif not any(one["level"] == "warning" for one in advice):
         temperature = _soft_temperature(teacher) or 4.0
         text = f"nothing speaks against this teacher{_caveat(cache)}: distil, at T = {temperature:g} to begin with"
-        command = f"kdcache distill --cache {cache['name']} --temperature {temperature:g} ..."
+        command = f"kdcache distill --cache {_CACHE} --temperature {temperature:g} ..."
         advice.append(_advice("teacher", "ok", text, command))
     return _worst_first(advice)
 
@@ -69,20 +94,14 @@ def teacher_advice(found: dict[str, Any]) -> list[Advice]:
 def data_advice(found: dict[str, Any]) -> list[Advice]:
     """The advice of the section `data`, the worst first; at least one."""
     cache, data = found["cache"], found["data"]
-    advice, covered, domain = [], data["covered"], data["domain"]
-    if covered is not None and covered["found"] < covered["samples"]:
-        text = (
-            f"{covered['samples'] - covered['found']} of the {covered['samples']} samples of {covered['data']} are "
-            "not in the cache: dump them too, or train them on their labels alone"
-        )
-        advice.append(_advice("data", "warning", text, f"kdcache distill --cache {cache['name']} --missing ce ..."))
+    advice, domain = _coverage(data["covered"]), data["domain"]
     share = domain["unlike_share"]
     if share is not None and share > UNLIKE_SHARE:
         text = (
             f"{share:.1%} of the rows are unlike the others (energy): look at them, or let the teacher say nothing "
             "where it is unsure"
         )
-        command = f"kdcache distill --cache {cache['name']} --confidence-below 0.5 ..."
+        command = f"kdcache distill --cache {_CACHE} --confidence-below 0.5 ..."
         advice.append(_advice("data", "warning", text, command))
     differ = data["disagreement"]
     if differ is not None and differ["share"] > DISAGREEMENT:
@@ -90,19 +109,36 @@ def data_advice(found: dict[str, Any]) -> list[Advice]:
             f"teacher and label differ in {differ['rows']} rows ({differ['share']:.1%}){_caveat(cache)}: see which of "
             "the two is wrong"
         )
-        advice.append(_advice("data", "note", text, f"kdcache suspects {cache['name']} -o suspects.csv"))
+        advice.append(_advice("data", "note", text, f"kdcache suspects {_CACHE} -o suspects.csv"))
     if not advice:
         what = "rows are alike" if differ is None else "rows are alike and their labels agree with the teacher"
         text = f"the {what}{'' if differ is None else _caveat(cache)}: nothing to do before distilling"
-        advice.append(_advice("data", "ok", text, f"kdcache verify {cache['name']}"))
+        advice.append(_advice("data", "ok", text, f"kdcache verify {_CACHE}"))
     return _worst_first(advice)
+
+
+def _coverage(covered: dict[str, Any] | None) -> list[Advice]:
+    if covered is None or covered["found"] == covered["samples"]:
+        return []
+    if not covered["found"]:
+        text = (
+            f"none of the {covered['samples']} samples of {covered['data']} is in the cache: it is the cache of other "
+            "data, or of other sample ids; dump these data"
+        )
+        command = f"kdcache precompute --data {shlex.quote(covered['data'])} --out {_NEW} ..."
+        return [_advice("data", "warning", text, command)]
+    text = (
+        f"{covered['samples'] - covered['found']} of the {covered['samples']} samples of {covered['data']} are not in "
+        "the cache: dump them too, or train them on their labels alone"
+    )
+    return [_advice("data", "warning", text, f"kdcache distill --cache {_CACHE} --missing ce ...")]
 
 
 def _worth(found: dict[str, Any]) -> list[Advice]:
     """Weak, or of another domain, or with its classes in another order."""
     cache, teacher = found["cache"], found["teacher"]
     top1, sure, known = teacher["top1"], teacher["confidence"], information(teacher)
-    if top1 is None:
+    if top1 is None or _is_of_one_class(teacher):
         return []
     above = 1 - teacher["majority_share"]
     near_majority = top1 - teacher["majority_share"] < NEAR_MAJORITY * above
@@ -115,7 +151,7 @@ def _worth(found: dict[str, Any]) -> list[Advice]:
             f"top-1 is {top1:.3g}, and {usual:.0%} of the rows would be right with the classes in another order: "
             "teacher and labels number them differently"
         )
-        return [_advice("teacher", "warning", text, f"kdcache distill --cache {cache['name']} --classes MAP ...")]
+        return [_advice("teacher", "warning", text, f"kdcache distill --cache {_CACHE} --classes MAP ...")]
     told = "" if known is None else f" and its probabilities explain {max(known, 0):.0%} of the labels' entropy"
     figures = f"top-1 is {top1:.3g} (the largest class alone: {teacher['majority_share']:.3g}){told}{_caveat(cache)}"
     command = "kdcache distill --alpha 0 ..."
@@ -134,7 +170,7 @@ def _over_fitted(found: dict[str, Any]) -> list[Advice]:
     top1, sure = teacher["top1"], teacher["confidence"]
     if top1 is None or sure is None:
         return []
-    name, seen = cache["name"], cache["teacher_seen"]
+    seen = cache["teacher_seen"]
     if sure - top1 > OVER_CONFIDENT:
         text = (
             f"{OVER_FITTED}, or of other data: mean confidence is {sure:.3g} and top-1 {top1:.3g}{_caveat(cache)}; "
@@ -147,9 +183,7 @@ def _over_fitted(found: dict[str, Any]) -> list[Advice]:
             f"{OVER_FITTED} to these rows: top-1 is {top1:.4g} at a mean confidence of {sure:.4g}{_caveat(cache)}, so "
             "that its targets are the labels again; dump rows that it has not seen, or raise T"
         )
-        return [
-            _advice("teacher", "warning", text, f"kdcache precompute --data SPEC --teacher-saw no --out new-{name}")
-        ]
+        return [_advice("teacher", "warning", text, f"kdcache precompute --data SPEC --teacher-saw no --out {_NEW}")]
     return []
 
 
@@ -159,11 +193,11 @@ def _softness(cache: dict[str, Any], teacher: dict[str, Any]) -> list[Advice]:
         entropy, better = teacher["softness"][0]["entropy"], _soft_temperature(teacher)
         at = "" if better is None else f" (at T = {better:g} a tenth of the probability lies outside the top class)"
         text = f"targets at T = 1 have entropy {entropy:.2g}: they are labels; calibrate, or raise T{at}"
-        command = f"kdcache distill --cache {cache['name']} --temperature {better or 8:g} ..."
+        command = f"kdcache distill --cache {_CACHE} --temperature {better or 8:g} ..."
         found.append(_advice("teacher", "note", text, command))
     elif relative is not None and relative > FLAT:
         text = f"targets at T = 1 are nearly equal for all classes ({relative:.0%} of the largest entropy): keep T at 1"
-        command = f"kdcache distill --cache {cache['name']} --temperature 1 ..."
+        command = f"kdcache distill --cache {_CACHE} --temperature 1 ..."
         found.append(_advice("teacher", "note", text, command))
     if cache["classes"] <= FEW_CLASSES:
         text = (
@@ -179,7 +213,8 @@ def _calibration(cache: dict[str, Any], teacher: dict[str, Any]) -> list[Advice]
     ece = teacher["ece"]
     if ece is None or ece["equal_mass"] < MISCALIBRATED:
         return []
-    text = f"teacher's ECE is {ece['equal_mass']:.2g}{_caveat(cache)}: calibrate it"
+    both = f"{ece['equal_width']:.2g} (equal width; equal mass: {ece['equal_mass']:.2g})"
+    text = f"teacher's ECE is {both}{_caveat(cache)}: calibrate it"
     return [_advice("teacher", "note", text, _calibrate(cache))]
 
 
@@ -200,7 +235,7 @@ def _classes(cache: dict[str, Any], teacher: dict[str, Any]) -> list[Advice]:
         f"the teacher is poor on {len(poor)} of {cache['classes']} classes: {shown}{more}{_caveat(cache)}; weigh it by "
         "its probability of the label there"
     )
-    command = f"kdcache distill --cache {cache['name']} --disagreement downweight ..."
+    command = f"kdcache distill --cache {_CACHE} --disagreement downweight ..."
     return [_advice("teacher", "note", text, command)]
 
 
@@ -212,12 +247,22 @@ def _views(cache: dict[str, Any], teacher: dict[str, Any]) -> list[Advice]:
         f"the teacher gives {1 - views['agreement']:.0%} of the augmented rows another class than the first view: the "
         "student must see exactly these views, which distill replays; milder augmentation may be better"
     )
-    return [_advice("teacher", "note", text, f"kdcache verify {cache['name']} --data SPEC")]
+    return [_advice("teacher", "note", text, f"kdcache verify {_CACHE} --data SPEC")]
 
 
 def _calibrate(cache: dict[str, Any]) -> str:
     """The command; on rows that the teacher saw it would refuse."""
-    return f"kdcache calibrate {cache['name']}" + (" --on UNSEEN_CACHE" if cache["teacher_seen"] == "yes" else "")
+    return f"kdcache calibrate {_CACHE}" + (" --on UNSEEN_CACHE" if cache["teacher_seen"] == "yes" else "")
+
+
+def _is_of_one_class(teacher: dict[str, Any]) -> bool:
+    """Whether whoever always says one class is right on all rows: nothing is better than that."""
+    return bool(teacher["majority_share"] == 1)
+
+
+def _word(path: Path) -> str:
+    """For a shell; a name like an option gets its folder."""
+    return shlex.quote(f"./{path}" if str(path).startswith("-") else str(path))
 
 
 def _relative_entropy(cache: dict[str, Any], teacher: dict[str, Any]) -> float | None:

@@ -18,20 +18,27 @@ from kdcache.errors import MissingExtraError
 from kdcache.stages import report_html_figures as figures
 from kdcache.stages import report_html_parts as parts
 from kdcache.store import posix
-from kdcache.store.csv_file import refuse_existing
+from kdcache.store.csv_file import check_output, refuse_existing
 
 SECTIONS = (("teacher", "The teacher"), ("data", "The data"), ("students", "The students"))
 _TEMPLATES = "kdcache.stages"
+# What every page begins with; the template's first lines.
+_BEGINS = b"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="generator" content="kdcache report">
+"""
 
 
 def check_html(out: Path, *, overwrite: bool) -> None:
     """Refuses what `render` would, before anything is measured.
 
     Raises:
-        UsageError: the file is there.
+        UsageError: the file is there, and not to be replaced or no such page; its folder is not there.
         MissingExtraError: jinja2 or matplotlib is not installed.
     """
-    refuse_existing(out, overwrite=overwrite)
+    check_output(out, overwrite=overwrite, begins=_BEGINS, what="a page that `kdcache report` made")
     figures.check_matplotlib()
     _environment()
 
@@ -43,19 +50,17 @@ def render(
 
     Args:
         report: the JSON object of `kdcache report`, with `students` or without.
-        out: the file, whose folder is made if need be.
-        overwrite: replace it if it is there.
+        out: the file, in a folder that is there.
+        overwrite: replace it if it is such a page.
         thumbnails: PNG files by sample id (as text), for the table of suspects.
 
     Raises:
-        UsageError: the file is there.
+        UsageError: as of `check_html`.
         MissingExtraError: jinja2 or matplotlib is not installed.
         StorageError: it cannot be written.
     """
     check_html(out, overwrite=overwrite)
     page = to_html(report, thumbnails=thumbnails)
-    with posix.translated("write", out):
-        posix.make_folder(out.parent)
     if not posix.write_file(out, page.encode(), replace=overwrite):
         refuse_existing(out, overwrite=False)
 

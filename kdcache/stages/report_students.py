@@ -38,11 +38,12 @@ _ALIKE = ("lr", "optimizer", "momentum", "weight_decay", "schedule", "warmup", "
           "view_order", "drop_last", "label_smoothing", "init")  # fmt: skip
 
 
-def students(runs: Sequence[Path]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def students(runs: Sequence[Path], *, root: str | None = None) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """What the records of runs say of their students.
 
     Args:
         runs: folders that `distill` wrote.
+        root: hash of the cache that is reported; runs that learnt from others are named.
 
     Returns:
         One entry for each setting, those of labels alone first: `runs`, `labels_only`, `student`, `parameters`,
@@ -66,7 +67,7 @@ def students(runs: Sequence[Path]) -> tuple[list[dict[str, Any]], list[dict[str,
     entries = [describe_setting(group) for group in ordered]
     for group, entry in zip(ordered, entries, strict=True):
         entry["against_labels"] = _against_labels(group, entry, ordered, entries)
-    return entries, advise(entries, ordered)
+    return entries, advise(entries, ordered, root=root)
 
 
 def describe_setting(group: Sequence[StudentRun]) -> dict[str, Any]:
@@ -155,7 +156,7 @@ def _describe_run(run: StudentRun) -> dict[str, Any]:
         "name": run.name,
         "seed": run.options.get("seed"),
         "status": run.record["status"],
-        "step": run.record.get("steps", last) if run.is_done else last,
+        "step": run.record.get("steps", last),
         "of": run.record["total_steps"],
     }
 

@@ -24,13 +24,17 @@ _OF_THE_RUN = ("cache", "expect_root", "val_cache", "out", "seed", "epochs", "st
 _SURE = 2.0  # standard errors
 
 
-def advise(entries: Sequence[dict[str, Any]], groups: Sequence[Sequence[StudentRun]]) -> list[dict[str, Any]]:
-    """The advice of the section `students`: `section`, `level`, `text` and `command` each."""
+def advise(
+    entries: Sequence[dict[str, Any]], groups: Sequence[Sequence[StudentRun]], *, root: str | None = None
+) -> list[dict[str, Any]]:
+    """The advice of the section `students`: `section`, `level`, `text` and `command` each; see `students`."""
     if not entries:
         return []
     found: list[dict[str, Any]] = []
     for entry in entries:
         found += _unfinished(entry)
+    if root is not None:
+        found += _other_caches([run for group in groups for run in group], root)
     distilled = [at for at, entry in enumerate(entries) if not entry["labels_only"]]
     if distilled and not any(entry["labels_only"] for entry in entries):
         text = "no run that learnt from labels only is given, so that nobody knows what the teacher added: train one"
@@ -80,6 +84,23 @@ def _unfinished(entry: dict[str, Any]) -> list[dict[str, Any]]:
     if not names:
         return []
     return [_say("note", f"not finished: {', '.join(names)}; go on with the same command and --resume")]
+
+
+def _other_caches(runs: Sequence[StudentRun], root: str) -> list[dict[str, Any]]:
+    others = [
+        run
+        for run in runs
+        if run.roots and root not in run.roots and not run.learns_from_labels_only and "refresh" not in run.record
+    ]
+    if not others:
+        return []
+    shown = ", ".join(f"{run.name} ({run.roots[0]:.12})" for run in others[:NAMED_CLASSES])
+    more = f" and {len(others) - NAMED_CLASSES} more" if len(others) > NAMED_CLASSES else ""
+    text = (
+        f"not of this cache ({root:.12}): {shown}{more} learnt from another one, so that what is said of the teacher "
+        "here says nothing about them; report them with their own cache"
+    )
+    return [_say("warning", text)]
 
 
 def _gains(entry: dict[str, Any]) -> list[dict[str, Any]]:
@@ -147,9 +168,9 @@ def _calibration(entry: dict[str, Any]) -> list[dict[str, Any]]:
     sure, right = held_out["confidence"]["mean"], held_out["accuracy"]["mean"]
     word = "over-confident" if sure > right else "under-confident"
     text = (
-        f"{entry['name']}: {word}, ECE {error:.2f} (mean confidence {sure:.2f}, accuracy {right:.2f}); where "
-        "its probabilities are used, dump it on held-out rows with `kdcache precompute` and fit a temperature with "
-        "`kdcache calibrate`"
+        f"{entry['name']}: {word}, ECE (equal width) {error:.2f} (mean confidence {sure:.2f}, accuracy {right:.2f}); "
+        "where its probabilities are used, dump it on held-out rows with `kdcache precompute` and fit a temperature "
+        "with `kdcache calibrate`"
     )
     return [_say("note", text)]
 

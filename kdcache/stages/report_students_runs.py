@@ -16,6 +16,7 @@ from kdcache.errors import CorruptCacheError, IncompleteCacheError, UsageError, 
 from kdcache.format.strict_json import MAX_JSON_BYTES, load_json
 from kdcache.stages.metrics import METRICS_NAME
 from kdcache.stages.run_record import RECORD_FORMAT, RECORD_NAME
+from kdcache.stages.sweep_folder import RUNS_NAME
 from kdcache.store import posix
 
 CURVE_POINTS = 200  # of each event; a curve on a page shows no more
@@ -75,22 +76,30 @@ class StudentRun:
         is_labelled = sample.get("labelled") == sample.get("rows")
         return not takes_part and options.get("confidence_below") is None and is_labelled
 
+    @property
+    def roots(self) -> tuple[str, ...]:
+        """Root hashes of the caches that it learnt from; of a teacher that changed, that of the first version."""
+        data = self.record["data"]
+        found = [data.get("cache"), *(data.get("ensemble") or {}).get("members", [])]
+        return tuple(one["root"] for one in found if one is not None)
+
     def rows_of(self, name: str) -> str | None:
         """What identifies the rows of `data` or `val`; None where there are none.
 
         A run with a cache also knows their ids, one without does not, so that these cannot be part of it. With a
-        fraction of the labels the unlabelled rest may take part or not: the labels are what two such runs share.
+        fraction of the labels the unlabelled rest may take part or not: the labels are what two such runs share. All
+        labels (1.0) are the same as no choice among them, whatever its seed.
         """
         found = self.record.get(name)
         if found is None:
             return None
-        data, fraction = (
-            found["data"].get("fingerprint") or found["data"].get("name"),
-            self.options.get("label_fraction"),
-        )
-        if name == "data" and fraction is not None:
-            return f"{data}, {fraction} of the labels (label seed {self.options.get('label_seed')})"
-        return f"{data}, {found['rows']} rows"
+        data = found["data"].get("fingerprint") or found["data"].get("name")
+        fraction = self.options.get("label_fraction") if name == "data" else None
+        if fraction is None:
+            return f"{data}, {found['rows']} rows"
+        if fraction == 1:
+            return f"{data}, {(self.record.get('labels') or {}).get('labelled_rows', found['rows'])} rows"
+        return f"{data}, {fraction} of the labels (label seed {self.options.get('label_seed') or 0})"
 
 
 def read_run(folder: Path) -> StudentRun:
@@ -103,9 +112,7 @@ def read_run(folder: Path) -> StudentRun:
     """
     path = folder / RECORD_NAME
     if posix.kind_of(folder) != "folder" or not posix.exists(path):
-        raise UsageError(
-            f"{folder} is no run: it has no {RECORD_NAME}. Give the folder that `kdcache distill --out` made"
-        )
+        raise UsageError(f"{folder} is no run: it has no {RECORD_NAME}. {_where_runs_are(folder)}")
     where = f"{folder.resolve().name}/{RECORD_NAME}"
     record = load_json(posix.read_file(path, MAX_JSON_BYTES), where=where)
     _check_record(record, where)
@@ -116,6 +123,15 @@ def read_run(folder: Path) -> StudentRun:
         _thinned(line for line in lines if line.get("event") == "train"),
         _thinned(line for line in lines if line.get("event") == "eval"),
     )
+
+
+def _where_runs_are(folder: Path) -> str:
+    """What to give instead of a folder that is no run, such as that of a sweep."""
+    for runs in (folder / RUNS_NAME, folder):
+        names = [name for name in sorted(posix.names_in(runs)) if posix.exists(runs / name / RECORD_NAME)]
+        if names:
+            return f"The runs in it are {runs / 'NAME'}, such as {runs / names[0]}: give --run with each"
+    return "Give the folder that `kdcache distill --out` made"
 
 
 def _check_record(record: dict[str, Any], where: str) -> None:
@@ -140,6 +156,15 @@ def _check_record(record: dict[str, Any], where: str) -> None:
             check.of(dict, name)
             check.of(dict, name, "data")
             check.count(name, "rows")
+    if record["data"].get("cache") is not None:
+        check.of(str, "data", "cache", "root")
+    if record["data"].get("ensemble") is not None:
+        for place, member in enumerate(check.of(list, "data", "ensemble", "members")):
+            if not isinstance(member, dict) or not isinstance(member.get("root"), str):
+                check.refuse(("data", "ensemble", "members", str(place)), member, "a cache with its root")
+    if record.get("labels") is not None:
+        check.of(dict, "labels")
+        check.count("labels", "labelled_rows")
     if record.get("measures") is not None:
         _check_measures(check, record["student"]["classes"])
 

@@ -25,7 +25,7 @@ STUDENT = SpecKind(
 _WIDTHS = re.compile(r"[1-9]\d{0,7}(-[1-9]\d{0,7})+")
 
 
-def load_student(text: str, *, num_classes: int | None, example: Any) -> nn.Module:
+def load_student(text: str, *, num_classes: int | None, example: Any, instead: str | None = None) -> nn.Module:
     """The student that a SPEC names, in training mode, on the CPU, initialised from torch's random state.
 
     Args:
@@ -33,6 +33,7 @@ def load_student(text: str, *, num_classes: int | None, example: Any) -> nn.Modu
             `module:factory`; a factory is called with `num_classes=` if its signature has it.
         num_classes: C of the cache or the data; None where neither knows it.
         example: inputs of a batch, as a loader collates them: a tensor (N, ...) or a dict. One row is enough.
+        instead: what is to be done about another number of classes, where that many would not help either.
 
     Raises:
         UsageError: an unknown scheme or size, a factory that returns no `nn.Module`, `num_classes` needed but unknown.
@@ -45,11 +46,11 @@ def load_student(text: str, *, num_classes: int | None, example: Any) -> nn.Modu
     if spec.scheme == "run":
         return student_of_run.student_of_run(Path(spec.rest)).module
     if spec.scheme == "mlp":
-        return _build_mlp(spec, num_classes, example)
+        return _build_mlp(spec, num_classes, example, instead)
     return _build_cnn(spec, num_classes, example)
 
 
-def _build_mlp(spec: Spec, num_classes: int | None, example: Any) -> nn.Module:
+def _build_mlp(spec: Spec, num_classes: int | None, example: Any, instead: str | None) -> nn.Module:
     if not _WIDTHS.fullmatch(spec.rest):
         raise UsageError(f"student SPEC {spec.text!r}: expected all widths, input to classes: {STUDENT.usages['mlp']}")
     widths = [int(width) for width in spec.rest.split("-")]
@@ -61,10 +62,8 @@ def _build_mlp(spec: Spec, num_classes: int | None, example: Any) -> nn.Module:
             f"{_mlp_text([values, *widths[1:]])}"
         )
     if num_classes is not None and widths[-1] != num_classes:
-        raise MismatchError(
-            f"student {spec.text} has {widths[-1]} classes, the cache or the data has {num_classes}; use "
-            f"{_mlp_text([*widths[:-1], num_classes])}"
-        )
+        advice = instead or f"the cache or the data has {num_classes}; use {_mlp_text([*widths[:-1], num_classes])}"
+        raise MismatchError(f"student {spec.text} has {widths[-1]} classes, {advice}")
     return MLP(widths)
 
 

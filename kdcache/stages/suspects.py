@@ -12,7 +12,7 @@ import numpy as np
 
 from kdcache.errors import UsageError
 from kdcache.format.topk import TopK
-from kdcache.store.csv_file import refuse_existing, write_csv
+from kdcache.store.csv_file import check_output, write_csv
 from kdcache.store.parts import Catalog, read_catalog
 from kdcache.train.label_quality import NO_GUESS, NO_LABEL, LabelQuality, label_quality
 
@@ -107,12 +107,12 @@ def suspects(
 
     Args:
         cache: path of the cache.
-        out: the CSV file to make.
+        out: the CSV file to make, in a folder that is there.
         score: `self-confidence`, p(label), or `margin`, (p(label) - max of the others + 1) / 2.
         limit: lines at most; all labelled rows by default.
         view: which view; the first by default.
         temperature: of softmax(z / temperature): 1, or the one that calibrates the teacher.
-        overwrite: replace `out` if it exists.
+        overwrite: replace `out` if it exists and is such a list.
         progress: called with the number of rows after each block; the cache is read twice.
 
     Raises:
@@ -124,7 +124,8 @@ def suspects(
         raise UsageError(f"--score {score!r:.80} is not known; choose one of {', '.join(SCORES)}")
     if limit is not None and limit < 1:
         raise UsageError(f"--limit must be at least 1, found {limit}: a list without a row tells nothing")
-    refuse_existing(target, overwrite=overwrite)
+    what = "a list that `kdcache suspects` made"
+    check_output(target, overwrite=overwrite, begins=",".join(COLUMNS).encode(), what=what)
     catalog = read_catalog(Path(cache))
     encoding = catalog.schema.encoding
     if score == "margin" and isinstance(encoding, TopK) and encoding.k < 2:

@@ -33,10 +33,10 @@ from kdcache.stages.sweep_folder import (
     row_of,
     write_sweep,
 )
-from kdcache.stages.sweep_grid import Run, Setting, runs_of, settings_of
-from kdcache.stages.sweep_options import SweepOptions, check_values
+from kdcache.stages.sweep_grid import Run, Setting, runs_of, settings_of, with_labelled_rows_alone
+from kdcache.stages.sweep_options import SweepOptions, check_lists, check_values
 from kdcache.stages.sweep_table import described, heat_maps, report_lines, sides_line, write_heat_map
-from kdcache.stages.sweep_workers import Task, Workers, refuse
+from kdcache.stages.sweep_workers import Answer, Task, Workers, kind_of, refuse
 
 _FACTS = ("data fingerprint", "data cache root", "val fingerprint")
 
@@ -81,7 +81,7 @@ def sweep(asked: SweepOptions) -> SweepResult:
             first run, with the setting named.
         MismatchError: another sweep than the one to go on with; or what `distill` says of data and cache.
         InterruptedRunError: SIGINT or SIGTERM; `resume` goes on.
-        KDCacheError: no run finished.
+        KDCacheError: no setting with the teacher finished; of the kind of what the runs failed with, where they agree.
     """
     check_values(asked)
     if os.environ.get("WORLD_SIZE", "1") != "1":
@@ -110,9 +110,12 @@ class _Sweep:
     ) -> None:
         self._asked, self._out, self._workers, self._found = asked, out, workers, found
         self._settings = settings
+        self._failures: list[tuple[Run, Answer]] = []
 
     def run(self) -> SweepResult:
         facts = self._check_base()
+        self._check_test()
+        check_lists(self._asked)
         identity = identity_of(self._asked, {name: facts[name] for name in _FACTS})
         if self._found:
             check_same_sweep(self._found["identity"], identity, out=self._out)
@@ -121,8 +124,11 @@ class _Sweep:
         self._settings = [
             dataclasses.replace(one, options=dataclasses.replace(one.options, **equal)) for one in self._settings
         ]
-        if not facts["has_labels"]:
+        labels = facts["labels"]["source"]
+        if labels == "none":
             self._settings = [one for one in self._settings if not one.is_labels_only]
+        elif labels == "some":
+            self._settings = with_labelled_rows_alone(self._settings)
         self._check_settings()
         record = {"status": "running", "identity": identity}
         write_sweep(self._out, record)
@@ -143,9 +149,24 @@ class _Sweep:
         base = dataclasses.replace(self._asked.base, label_fraction=None, unlabelled=None, label_seed=None)
         first = next((one.options for one in self._settings if not one.is_labels_only), base)
         base = dataclasses.replace(base, alpha=first.alpha, temperature=first.temperature, loss=first.loss)
-        [(_, answer)] = self._workers.answers([Task("check", base, more={"asks_labels": True})])
+        [(_, answer)] = self._workers.answers([Task("check", base, more={"asks_labels": ["source", "held_out"]})])
         refuse(answer, what="the base of the sweep")
+        if answer.result["labels"]["held_out"] == "none" and not base.val_cache:
+            raise UsageError(
+                f"--val {base.val}: the data have no labels, and settings are chosen by accuracy, or by the agreement "
+                "with the teacher on these data: give its rows for them with --val-cache, or other data"
+            )
         return answer.result
+
+    def _check_test(self) -> None:
+        """That the chosen can be measured, before there is anything to choose from."""
+        if self._asked.test is None:
+            return
+        options = dataclasses.replace(self._settings[0].options, val=self._asked.test, val_cache=())
+        [(_, answer)] = self._workers.answers([Task("check", options, more={"asks_labels": ["held_out"]})])
+        refuse(answer, what=f"--test {self._asked.test}")
+        if answer.result["labels"]["held_out"] == "none":
+            raise UsageError(f"--test {self._asked.test}: the data have no labels to measure accuracy with")
 
     def _check_settings(self) -> None:
         tasks = [Task("check", one.options, label=one) for one in self._settings]
@@ -161,6 +182,8 @@ class _Sweep:
                 tasks = [Task("run", self._options(run), label=run) for run in runs if run.name not in done]
                 for task, answer in self._workers.answers(tasks):
                     run: Run = task.label
+                    if answer.error is not None:
+                        self._failures.append((run, answer))
                     row = finished_row(self._out, run) if answer.error is None else row_of(run, error=answer.error)
                     assert row is not None
                     table.append(row)
@@ -177,24 +200,38 @@ class _Sweep:
     def _choose(self, runs: Sequence[Run], rows: Mapping[str, Mapping[str, Any]], steps: int) -> SweepResult:
         numbers = {id(setting): number for number, setting in enumerate(self._settings)}
         by_seed = {(numbers[id(run.setting)], run.seed): rows[run.name] for run in runs}
-        failed = sum(row.get("error") is not None for row in rows.values())
+        failed = len(self._failures)
         metric = "val_accuracy" if any(row.get("val_accuracy") is not None for row in rows.values()) else "agreement"
         found = scored(self._settings, by_seed, metric)
-        if not found:
-            raise KDCacheError(
-                f"no setting has all of its seeds finished ({failed} of {len(runs)} runs failed): the column `error` "
-                f"of {self._out / TABLE_NAME} says why; --resume tries them again"
-            )
+        if all(one.setting.is_labels_only for one in found):
+            raise self._failed(len(runs))
         chosen = verdicts(found)
         tests = self._measure(runs, chosen) if self._asked.test is not None else {}
         out = str(self._asked.base.out)
         maps = heat_maps(found)
         if maps:
             write_heat_map(self._out / HEAT_MAP_NAME, maps, metric=metric)
-        lines = report_lines(found, chosen, tests, metric=metric, out=out, failed=failed)
+        lines = report_lines(found, chosen, tests, metric=metric, out=out, failures=self._failure_lines())
         answers = tuple(described(one, tests, out=out) for one in chosen)
         alone = sum(run.setting.is_labels_only for run in runs)
         return SweepResult(self._out, len(runs), alone, failed, metric, steps, answers, tuple(lines))
+
+    def _failure_lines(self) -> list[str]:
+        if not self._failures:
+            return []
+        run, answer = self._failures[0]
+        return [f"{len(self._failures)} runs failed: see the column `error` of sweep.csv; {run.name}: {answer.error}"]
+
+    def _failed(self, runs: int) -> KDCacheError:
+        """For a sweep with nothing to choose: what the first run died of, of its kind where all died of that kind."""
+        first, answer = self._failures[0]
+        kinds = {kind_of(other.exit_code) for _, other in self._failures}
+        kind = kinds.pop() if len(kinds) == 1 else KDCacheError
+        return kind(
+            f"no setting with the teacher has all of its seeds finished ({len(self._failures)} of {runs} runs failed). "
+            f"The first, {first.name}: {answer.error}\nThe column `error` of {self._out / TABLE_NAME} has the others; "
+            "--resume tries them again"
+        )
 
     def _measure(self, runs: Sequence[Run], chosen: Sequence[Verdict]) -> dict[Scored, dict[int, float]]:
         """Accuracy of the chosen settings on the test set, by seed."""
@@ -207,8 +244,6 @@ class _Sweep:
         found: dict[Scored, dict[int, float]] = {one: {} for one in wanted.values()}
         for task, answer in self._workers.answers(tasks):
             refuse(answer, what=f"--test {self._asked.test}")
-            if "val_accuracy" not in answer.result:
-                raise UsageError(f"--test {self._asked.test}: the data have no labels to measure accuracy with")
             found[wanted[id(task.label.setting)]][task.label.seed] = answer.result["val_accuracy"]
         return found
 

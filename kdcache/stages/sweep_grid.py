@@ -32,7 +32,6 @@ _WITHOUT_TEACHER: dict[str, Any] = {
     "threshold": None,
     "confidence_below": None,
     "confidence_policy": None,
-    "unlabelled": "drop",
     "refresh_every": None,
     "ema": None,
 }
@@ -49,7 +48,7 @@ class Setting:
     """Options that are chosen together: of several runs, one a seed.
 
     Attributes:
-        changed: the options that differ from the base's, without the seed.
+        changed: the options that are swept or differ from the base's, without the seed.
         options: all of them.
         fraction: of the labels; None where the sweep has no fractions.
     """
@@ -111,21 +110,32 @@ def settings_of(asked: SweepOptions) -> list[Setting]:
     found, has_fractions = [], fractions != (None,)
     for fraction in fractions:
         taught = [
-            _setting(asked.base, {**one, "label_fraction": fraction, "unlabelled": mode}, has_fractions=has_fractions)
+            _setting(asked, {**one, "label_fraction": fraction, "unlabelled": mode}, has_fractions=has_fractions)
             for mode in _modes(asked.base, fraction)
             for one in grid
         ]
-        share = {"label_fraction": 1.0 if fraction is None else fraction}
+        share = {} if fraction is None else {"label_fraction": fraction, "unlabelled": "drop"}
         for other in _of_labels_alone(asked, grid, shared, count=len(taught)):
-            found.append(_setting(asked.base, {**alone, **other, **share}, has_fractions=has_fractions))
+            found.append(_setting(asked, {**alone, **other, **share}, has_fractions=has_fractions))
         found += taught
+    for seed in _seeds(asked):
+        _check(found[0].options, f"--seed {seed}", seed=seed)
     return found
+
+
+def with_labelled_rows_alone(settings: list[Setting]) -> list[Setting]:
+    """For data of which some rows have no label: alpha 0, which learns nothing from these, leaves them out."""
+    return [
+        dataclasses.replace(one, options=dataclasses.replace(one.options, label_fraction=1.0, unlabelled="drop"))
+        if one.is_labels_only and one.fraction is None
+        else one
+        for one in settings
+    ]
 
 
 def runs_of(settings: list[Setting], asked: SweepOptions) -> list[Run]:
     """All runs, seed by seed, so that an unfinished sweep has whole settings early on."""
-    seeds = asked.values.get("seed", (asked.base.seed,))
-    runs = [(setting, seed) for seed in seeds for setting in settings]
+    runs = [(setting, seed) for seed in _seeds(asked) for setting in settings]
     return [Run(f"{at:03d}-{_slug(one, asked)}-seed{seed}", one, seed) for at, (one, seed) in enumerate(runs)]
 
 
@@ -168,15 +178,28 @@ def _modes(base: DistillOptions, fraction: float | None) -> list[str | None]:
     return ["keep"] if fraction == 1 else ["keep", "drop"]
 
 
-def _setting(base: DistillOptions, changed: dict[str, Any], *, has_fractions: bool) -> Setting:
-    changed = {name: value for name, value in changed.items() if value != getattr(base, name) or name == "alpha"}
+def _setting(asked: SweepOptions, values: dict[str, Any], *, has_fractions: bool) -> Setting:
+    base, told = asked.base, {"alpha", *asked.values}
+    if values["alpha"] == 0:
+        told -= {"temperature", "loss"}
+    elif not _follows(values["loss"]):
+        told -= {"temperature"}
+    changed = {name: value for name, value in values.items() if value != getattr(base, name) or name in told}
     options = dataclasses.replace(base, **changed)
     setting = Setting(changed, options, options.label_fraction if has_fractions else None)
-    try:
-        resolve(dataclasses.replace(options, resume=False))
-    except KDCacheError as error:
-        raise type(error)(f"the setting {setting.text}: {error}") from error
+    _check(options, setting.text)
     return setting
+
+
+def _check(options: DistillOptions, text: str, **changed: Any) -> None:
+    try:
+        resolve(dataclasses.replace(options, resume=False, **changed))
+    except KDCacheError as error:
+        raise type(error)(f"the setting {text}: {error}") from error
+
+
+def _seeds(asked: SweepOptions) -> tuple[int, ...]:
+    return asked.values.get("seed", (asked.base.seed,))
 
 
 def _follows(loss: tuple[str, ...]) -> bool:

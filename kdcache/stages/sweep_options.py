@@ -105,7 +105,7 @@ def _numbers(name: str, text: str) -> tuple[Any, ...]:
 
 
 def check_values(options: SweepOptions) -> None:
-    """Refuses a sweep over nothing, and a value that is named twice.
+    """Refuses what the sweep's own options cannot mean, such as a value that is named twice.
 
     Raises:
         UsageError: naming the option.
@@ -117,11 +117,6 @@ def check_values(options: SweepOptions) -> None:
         if twice is not None:
             shown = ";".join(twice) if isinstance(twice, tuple) else f"{twice:g}"
             raise UsageError(f"{flag(name)} names {shown} twice: the same runs would count as two")
-    if all(len(values) < 2 for values in options.values.values()):
-        raise UsageError(
-            f"nothing to sweep over: give at least one of {', '.join(map(flag, SWEPT))} several values, for example "
-            "--temperature 1,2,4"
-        )
     if options.base.val is None:
         raise UsageError("no --val: settings are chosen on held-out data, and not on the test set; give --val")
     if options.base.out is None:
@@ -131,3 +126,16 @@ def check_values(options: SweepOptions) -> None:
     for name, number in (("random", options.random), ("processes", options.processes)):
         if number is not None and number < 1:
             raise UsageError(f"--{name} must be at least 1, found {number}")
+
+
+def check_lists(options: SweepOptions) -> None:
+    """Refuses a sweep over nothing: said after everything else, which several values would not mend.
+
+    Raises:
+        UsageError: no option has several values.
+    """
+    if all(len(values) < 2 for values in options.values.values()):
+        raise UsageError(
+            f"nothing to sweep over: give at least one of {', '.join(map(flag, SWEPT))} several values, for example "
+            "--temperature 1,2,4"
+        )

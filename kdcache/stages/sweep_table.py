@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kdcache.stages.sweep_choice import Mean, Scored, Verdict, paired, said
-from kdcache.stages.sweep_command import distill_command
+from kdcache.stages.sweep_choice import Mean, Scored, Verdict, needed, paired, said
+from kdcache.stages.sweep_command import distill_command, text_of
 from kdcache.stages.sweep_grid import Run
 
 _SHOWN = 20
@@ -102,9 +102,8 @@ def described(verdict: Verdict, tests: Mapping[Scored, Mapping[int, float]], *, 
     def one(scored: Scored | None) -> dict[str, Any] | None:
         if scored is None:
             return None
-        seed = min(scored.values)
         told = {**scored.setting.changed, **scored.mean.describe(), "values": dict(scored.values)}
-        told["command"] = distill_command(_copied(scored, seed, out))
+        told["command"] = _command(verdict, scored, out)
         if scored in tests:
             told["test"] = Scored(scored.setting, tests[scored]).mean.describe()
         return told
@@ -119,6 +118,7 @@ def described(verdict: Verdict, tests: Mapping[Scored, Mapping[int, float]], *, 
         "drop": one(verdict.drop),
         "difference": None if difference is None else difference.describe(),
         "verdict": said(difference),
+        "standard_errors_needed": None if difference is None else _needed(difference),
         "test_difference": None if on_test is None else on_test.describe(),
         "test_verdict": None if on_test is None else said(on_test),
     }
@@ -133,10 +133,15 @@ def difference_of(
     return paired(tests.get(first, first.values), tests.get(second, second.values))
 
 
-def _copied(scored: Scored, seed: int, out: str) -> Any:
-    from dataclasses import replace
-
-    return replace(scored.setting.options, seed=seed, out=f"{out.rstrip('/')}/best")
+def _command(verdict: Verdict, scored: Scored, out: str) -> str:
+    """Repeats the first seed, with the swept options named, in a folder that no other command of the sweep has."""
+    words = ["best"]
+    if scored is not verdict.best:
+        words.append("labels" if scored is verdict.labels else str(scored.setting.options.unlabelled))
+    if verdict.fraction is not None:
+        words.append(text_of(verdict.fraction))
+    options = replace(scored.setting.options, seed=min(scored.values), out=f"{out.rstrip('/')}/{'-'.join(words)}")
+    return distill_command(options, named={*scored.setting.changed, "seed"})
 
 
 def report_lines(
@@ -146,14 +151,14 @@ def report_lines(
     *,
     metric: str,
     out: str,
-    failed: int,
+    failures: Sequence[str],
 ) -> list[str]:
-    """All of it for people."""
+    """All of it for people; `failures` are lines about the runs that failed."""
     best_first = sorted(found, key=lambda one: -one.mean.mean)
     lines = [f"{metric} on --val, mean over seeds (standard error):"]
     lines += [f"  {_text(one.mean)}  {one.setting.text}" for one in best_first[:_SHOWN]]
     lines += [f"  ... {len(found) - _SHOWN} more in sweep.csv"] if len(found) > _SHOWN else []
-    lines += [f"  {failed} runs failed: see the column `error` of sweep.csv"] if failed else []
+    lines += [f"  {line}" for line in failures]
     for one in heat_maps(found):
         lines += ["", *_map_lines(one, metric)]
     if any(verdict.fraction is not None for verdict in chosen):
@@ -199,27 +204,43 @@ def _verdict_lines(verdict: Verdict, tests: Mapping[Scored, Mapping[int, float]]
     if verdict.labels is None:
         return [
             f"best setting{of}: {_text(verdict.best.mean)}; no alpha 0 to compare with: no labels, or its runs failed",
-            "  " + distill_command(_copied(verdict.best, min(verdict.best.values), out)),
+            "  " + _command(verdict, verdict.best, out),
         ]
     difference = difference_of(verdict.best, verdict.labels, {})
     assert difference is not None
     lines = [
-        f"best setting{of}: {_text(verdict.best.mean)}, alpha 0: {_text(verdict.labels.mean)}; it {said(difference)} "
-        f"alpha 0 on --val ({_text(difference, sign='+')}, {difference.seeds} paired seeds)"
+        f"best setting{of}: {_text(verdict.best.mean)}, alpha 0: {_text(verdict.labels.mean)}; "
+        + _compared(difference, "--val")
     ]
     if verdict.best in tests and verdict.labels in tests:
-        on_test = difference_of(verdict.best, verdict.labels, tests)
-        assert on_test is not None
+        difference = difference_of(verdict.best, verdict.labels, tests)
+        assert difference is not None
         both = [_text(Scored(one.setting, tests[one]).mean) for one in (verdict.best, verdict.labels)]
-        lines.append(
-            f"on the test set: {both[0]}, alpha 0: {both[1]}; it {said(on_test)} alpha 0 ({_text(on_test, sign='+')})"
-        )
-    better = verdict.best if difference.mean >= 0 else verdict.labels
-    lines.append("  " + distill_command(_copied(verdict.best, min(verdict.best.values), out)))
-    if better is verdict.labels:
-        lines.append("alpha 0 is better:")
-        lines.append("  " + distill_command(_copied(verdict.labels, min(verdict.labels.values), out)))
+        lines.append(f"on the test set: {both[0]}, alpha 0: {both[1]}; {_compared(difference, 'these rows')}")
+    lines.append("  " + _command(verdict, verdict.best, out))
+    if difference.mean < 0:
+        is_told = said(difference) == "loses to"
+        lines.append("alpha 0 is better:" if is_told else "alpha 0 has the higher mean, and needs no teacher:")
+        lines.append("  " + _command(verdict, verdict.labels, out))
     return lines
+
+
+def _compared(difference: Mean, where: str) -> str:
+    """A paired difference as a sentence."""
+    count = _needed(difference)
+    if count is None:
+        return (
+            f"whether it beats alpha 0 on {where} ({difference.mean:+.4f}) cannot be said of one seed: give several, "
+            "as in --seed 0,1,2"
+        )
+    return (
+        f"it {said(difference)} alpha 0 on {where}: {_text(difference, sign='+')} over {difference.seeds} paired "
+        f"seeds, with which only a difference beyond {count:.1f} standard errors counts"
+    )
+
+
+def _needed(difference: Mean) -> float | None:
+    return None if difference.standard_error is None else round(needed(difference.seeds), 3)
 
 
 def _text(mean: Mean, *, sign: str = "") -> str:

@@ -40,10 +40,9 @@ def check(options: DistillOptions, task: Mapping[str, Any]) -> dict[str, Any]:
     """What `distill` would refuse is refused; gives what all runs of a sweep have in common."""
     with prepared_run(_alone(options), data=_loaded(options.data), val=_loaded(options.val)) as (job, _):
         facts = {name: job.identity.get(name) for name in ("data fingerprint", "data cache root", "val fingerprint")}
-        has_labels = task.get("asks_labels", False) and _has_labels(job.source.dataset)
         return {
             **facts,
-            "has_labels": has_labels,
+            "labels": {name: _labels_in(getattr(job, name).dataset) for name in task.get("asks_labels", ())},
             "total_steps": job.total_steps,
             "steps_per_epoch": job.trainer.order.steps_per_epoch,
         }
@@ -108,13 +107,15 @@ def _read(tasks: queue.Queue[dict[str, Any] | None]) -> None:
     os.kill(os.getpid(), signal.SIGTERM)  # a run notes it and saves; without one the process ends here
 
 
-def _has_labels(dataset: Any) -> bool:
-    """Whether there is anything for alpha 0 to learn from."""
+def _labels_in(dataset: Any) -> str:
+    """Whether all rows have a label, `some` or `none`."""
     try:
         labels = labels_of(dataset, name="training")
     except UsageError:
-        return False
-    return labels is None or bool((labels != NO_LABEL).any())
+        return "none"
+    if labels is None or bool((labels != NO_LABEL).all()):
+        return "all"
+    return "some" if bool((labels != NO_LABEL).any()) else "none"
 
 
 def _alone(options: DistillOptions) -> DistillOptions:

@@ -196,4 +196,9 @@ def refuse(answer: Answer, *, what: str) -> None:
         KDCacheError: naming what was asked for.
     """
     if answer.error is not None:
-        raise _KINDS.get(answer.exit_code, KDCacheError)(f"{what}: {answer.error}")
+        raise kind_of(answer.exit_code)(f"{what}: {answer.error}")
+
+
+def kind_of(exit_code: int) -> type[KDCacheError]:
+    """The error with this exit code."""
+    return _KINDS.get(exit_code, KDCacheError)

@@ -21,7 +21,7 @@ from kdcache.stages.distill_inputs import Source, open_source
 from kdcache.stages.distill_options import DistillOptions
 from kdcache.stages.loaded_data import LoadedData
 from kdcache.stages.loss_options import check_encoding, needs_teacher
-from kdcache.stages.moving_teacher import MovingTeacher, Refresh
+from kdcache.stages.moving_teacher import MovingTeacher, Refresh, check_every
 from kdcache.stages.parallel import Team
 from kdcache.stages.policy_options import check_policies, row_policies
 from kdcache.stages.run_record import TEACHER_NAME
@@ -64,8 +64,7 @@ def check_refresh(refresh: Refresh | None, source: Source, options: DistillOptio
     """
     if refresh is None:
         return
-    if isinstance(refresh.every, bool) or not isinstance(refresh.every, int) or refresh.every < 1:
-        raise UsageError(f"a teacher is refreshed every n epochs, n at least 1; found {refresh.every!r}")
+    check_every(refresh.every)
     if not needs_teacher(options) and not options.hard_targets:
         raise UsageError("a refreshed teacher teaches nothing with --alpha 0: raise alpha, or leave out the refresh")
     if caches > 1:
@@ -80,6 +79,23 @@ def check_refresh(refresh: Refresh | None, source: Source, options: DistillOptio
         raise UsageError(
             "the first version of a refreshed teacher has no views of the run's augmentation to follow: give --cache "
             "with a dump of --augment and --views, or leave them out"
+        )
+
+
+def check_comes(refresh: Refresh | None, trainer: Trainer) -> None:
+    """Refuses runs that end before the first version: their teacher would never teach.
+
+    Raises:
+        UsageError: saying when the version would come, and when the run ends.
+    """
+    if refresh is None:
+        return
+    steps, an_epoch = trainer.schedule.total_steps, trainer.order.steps_per_epoch
+    if steps <= refresh.every * an_epoch:
+        raise UsageError(
+            f"the first version of the refreshed teacher comes after {refresh.every} epochs (--refresh-every), and the "
+            f"run ends after {steps / an_epoch:.4g} ({steps} steps): refresh more often, or train longer (--epochs, "
+            "--steps)"
         )
 
 

@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from kdcache.errors import UsageError
+from kdcache.errors import CorruptCacheError, UsageError
 from kdcache.store import posix
 from kdcache.store.shards import remove_temporaries
 
@@ -87,6 +87,35 @@ def refuse_existing(path: Path, *, overwrite: bool) -> None:
         raise UsageError(f"{path} is a folder; name a file in it")
     if kind is not None and not overwrite:
         raise UsageError(f"{path} exists; choose another name or pass --overwrite")
+
+
+def check_output(path: Path, *, overwrite: bool, begins: bytes, what: str) -> None:
+    """Refuses a place where a file of ours cannot go, before anything is computed.
+
+    Args:
+        path: the file to make, in a folder that is there.
+        overwrite: replace it, if it is what the same command once made.
+        begins: what such a file begins with.
+        what: such a file, for the message.
+
+    Raises:
+        UsageError: there is no such folder; something is there, and is not to be replaced, or is something else.
+    """
+    refuse_existing(path, overwrite=overwrite)
+    if posix.kind_of(path.parent) != "folder":
+        raise UsageError(f"{path.parent} is no folder, so {path.name} cannot be made in it; make it first")
+    if posix.kind_of(path) is None:
+        return
+    try:
+        fd, size = posix.open_regular(path)
+        try:
+            is_ours = posix.read_exactly(fd, 0, min(size, len(begins)), path) == begins
+        finally:
+            posix.close_reader(fd)
+    except CorruptCacheError:  # a link, or no regular file
+        is_ours = False
+    if not is_ours:
+        raise UsageError(f"{path} is not {what}, so it is not replaced; choose another -o FILE")
 
 
 def _append(fd: int, end: int, lines: Iterable[Sequence[Any]]) -> int:

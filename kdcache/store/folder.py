@@ -14,6 +14,7 @@ from kdcache.store import posix
 MANIFEST = "manifest.json"
 PLAN = "plan.json"
 SHARDS = "shards"
+VERSIONS = "versions.json"  # in a folder of caches, one for each version of a teacher
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -22,7 +22,7 @@ from kdcache.format.headers import FileHeader, parse_file_header
 from kdcache.format.manifest import ClassList, ShardRecord
 from kdcache.format.schema import CRC_ARRAY, RowSchema
 from kdcache.store import posix
-from kdcache.store.folder import MANIFEST, PLAN, SHARDS, read_manifest
+from kdcache.store.folder import MANIFEST, PLAN, SHARDS, VERSIONS, read_manifest
 from kdcache.store.head import StoredHead
 
 
@@ -96,7 +96,7 @@ def read_catalog(path: Path) -> Catalog:
         if kind is None:
             os.stat(real.parent)  # tells a missing file from a folder that may not be searched
     if kind == "folder":
-        return _folder(real)
+        return _folder(real, path)
     if kind is not None:
         return _file(real)
     if posix.is_folder(Path(f"{path}.parts")):
@@ -151,13 +151,25 @@ def refuse_hole(fd: int, path: Path, arrays: dict[str, ArrayLayout]) -> None:
         raise CorruptCacheError(f"{path}: row checksums were never written (a hole in a sparse file); fetch it again")
 
 
-def _folder(path: Path) -> Catalog:
+def _next_step(folder: Path, given: Path) -> str:
+    """What a folder without a manifest is instead, and what to do."""
+    if posix.exists(folder / VERSIONS):
+        here = sorted(name for name in posix.names_in(folder) if posix.exists(folder / name / MANIFEST))
+        newest = f"the current one is {given / here[-1]}" if here else "none of them is complete"
+        return f"it is a folder of several versions of a cache, {newest}"
+    return (
+        "it is not a kdcache folder, or not all of it is there; give the path that `kdcache precompute --out` made, or "
+        "fetch it again"
+    )
+
+
+def _folder(path: Path, given: Path) -> Catalog:
     if not posix.exists(path / MANIFEST):
         if posix.exists(path / PLAN):
             raise IncompleteCacheError(
                 f"{path} is a dump that is not finished (no {MANIFEST}): run the same precompute command again to go on"
             )
-        raise IncompleteCacheError(f"{path} holds no {MANIFEST}: it is not a kdcache folder, or not all of it is there")
+        raise IncompleteCacheError(f"{path} holds no {MANIFEST}: {_next_step(path, given)}")
     manifest = read_manifest(path)
     parts = tuple(part_of(record, path) for record in manifest.shards)
     ranges = [r.ids for r in manifest.shards]

@@ -78,7 +78,7 @@ def checked_blocks(
             first = show_id(block["sample_id"][bad[0]])
             raise CorruptCacheError(
                 f"{part.path}: the checksum of {bad.size} rows does not match, the first is row {start + bad[0]} "
-                f"(sample {first})"
+                f"(sample {first}). Run `kdcache verify`, then fetch or dump it again"
             )
         if catalog.first_id is not None and not bool((block["sample_id"] == catalog.first_id + positions).all()):
             raise CorruptCacheError(f"{part.path}: sample ids are not the consecutive range that the manifest says")

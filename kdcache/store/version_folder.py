@@ -24,12 +24,12 @@ from kdcache.format.strict_json import MAX_JSON_BYTES
 from kdcache.store import posix
 from kdcache.store.cache import Cache
 from kdcache.store.cache import open as open_cache
+from kdcache.store.folder import VERSIONS as LIST_NAME
 from kdcache.store.locks import FINISH, let_go, lock_file
 from kdcache.store.posix import TEMPORARY_PREFIX
 from kdcache.store.removal import remove_dump, remove_empty
 from kdcache.store.shards import remove_temporaries
 
-LIST_NAME = "versions.json"
 FORMAT = 1
 _FOLDER = re.compile(r"v(\d{6})")
 _LAST = 999_999

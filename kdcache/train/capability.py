@@ -140,6 +140,14 @@ def require(name: str, teacher: Teacher, temperature: Any = None, *, among: Iter
     encoding, needs = _encoding(teacher), _needs(name)
     has = f"these rows ({_described(encoding)}) do not hold that"
     if isinstance(encoding, SoftTargets):
+        is_of_no_temperature = service(name, teacher, encoding.temperature) is Service.NO
+        if is_of_no_temperature:
+            raise UsageError(
+                f"{name} needs {needs.value}, and these rows are soft targets at temperature "
+                f"{encoding.temperature:g}, the mean of several teachers: they serve kl, reverse_kl, soft_ce and js at "
+                f"that one, and no temperature serves {name}. Take the cache of a single teacher, or the mean of "
+                "logits (distill --ensemble logits, kdcache ensemble --rule logits), which serves everything"
+            )
         at = f", asked for at temperature {temperature}" if temperature is not None else ""
         raise UsageError(
             f"{name} needs {needs.value}{at}, and these rows are soft targets at temperature "

@@ -134,13 +134,14 @@ def detection_probability(rows_compared: int, fault_share: float) -> float:
     return float(1 - (1 - fault_share) ** rows_compared)
 
 
-def check_labels(labels: Any, stored: TeacherRows, cache_name: str) -> None:
+def check_labels(labels: Any, stored: TeacherRows, cache_name: str, *, own: Any = None) -> None:
     """Compares the items' labels with the cache's, where both have one (-1 is none).
 
     Args:
         labels: of the batch: (N,) integers, or N of them; anything else (masks, floats, None) is not compared.
         stored: the batch's rows (N,), NumPy or tensors.
         cache_name: for the message.
+        own: (N,) labels as the cache has them, where those of `stored` are mapped to other classes.
 
     Raises:
         MismatchError: naming the first samples that differ, both labels of each, and what to do.
@@ -152,14 +153,15 @@ def check_labels(labels: Any, stored: TeacherRows, cache_name: str) -> None:
     differs = (found != expected) & (found != -1) & (expected != -1)
     if differs.any():
         first, *others = np.flatnonzero(differs)[:_SHOWN].tolist()
+        number = "" if own is None else f" ({np.asarray(own)[first]} there, before the class map)"
         more = "".join(f", sample {show_id(stored.sample_id[at])}: {found[at]} and {expected[at]}" for at in others)
         raise MismatchError(
             f"sample {show_id(stored.sample_id[first])} has the label {found[first]} in the data set and "
-            f"{expected[first]} in {cache_name}; {np.count_nonzero(differs)} of the {len(found)} labels of this batch "
-            f"differ{more}. Where few do, labels were corrected since the dump: `kdcache convert {cache_name} NEW "
-            "--labels FILE.csv` makes a cache with the labels of FILE.csv (columns sample_id and label). Where many "
-            "do, the ids point to other samples than in the dump, or the classes are numbered in another order: check "
-            "sample_ids and the class list"
+            f"{expected[first]} in {cache_name}{number}; {np.count_nonzero(differs)} of the {len(found)} labels of "
+            f"this batch differ{more}. Where few do, labels were corrected since the dump: `kdcache convert "
+            f"{cache_name} NEW --labels FILE.csv` makes a cache with the labels of FILE.csv (columns sample_id and "
+            "label). Where many do, the ids point to other samples than in the dump, or the classes are numbered in "
+            "another order: check sample_ids and the class list"
         )
 
 

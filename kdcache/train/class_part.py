@@ -45,6 +45,25 @@ def over_classes(
     return student_logits.index_select(1, index), _teacher_over(teacher, index, tuple(classes))
 
 
+def top_class_over(student_logits: Tensor, classes: Sequence[int] | None) -> Tensor:
+    """The student's most likely class, as far as a teacher that knows only some of them can be agreed with.
+
+    Args:
+        student_logits: (N, C, ...).
+        classes: (M,) ascending; None for all.
+
+    Returns:
+        (N, ...) int64, numbers among the C classes.
+
+    >>> top_class_over(torch.tensor([[0.0, 1.0, 2.0]]), (0, 1))
+    tensor([1])
+    """
+    if classes is None:
+        return student_logits.argmax(dim=1)
+    index = class_index(classes, student_logits.shape[1], student_logits.device)
+    return index[student_logits.index_select(1, index).argmax(dim=1)]
+
+
 def class_index(classes: Sequence[int], num_classes: int, device: torch.device) -> Tensor:
     """(M,) int64 on a device.
 

@@ -25,6 +25,7 @@ The last three take the logits of one teacher where all caches hold logits, else
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import final
 
 from kdcache.errors import UsageError
@@ -61,6 +62,11 @@ class Rule:
         return self.name if self.file is None else f"{_ROUTE}{self.file}"
 
     @property
+    def shown(self) -> str:
+        """As it was asked for, without the folder of a file."""
+        return self.name if self.file is None else f"{_ROUTE}{PurePath(self.file).name}"
+
+    @property
     def needs_labelled_cache(self) -> bool:
         """Whether its weights come from the labelled rows of each cache, once at the start."""
         return self.name in ("accuracy", "calibration", "class-accuracy")
@@ -85,8 +91,45 @@ class Rule:
         return Rule("soft-targets") if self.name in ("random", "route:FILE.csv", "cross-entropy") else self
 
 
-def parse_rule(text: str) -> Rule:
-    """The rule that `--ensemble` names.
+@final
+@dataclass(frozen=True)
+class Words:
+    """How a command calls what messages advise.
+
+    Attributes:
+        rule: its option for the rule.
+        cache: what names a cache.
+        missing: what lets the other teachers speak for samples that a cache lacks.
+        classes: what to do about classes that cannot be brought together by their names.
+    """
+
+    rule: str
+    cache: str
+    missing: str
+    classes: str
+
+
+_NAMED = (
+    "the same names in another order are matched by themselves, so dump again from data that names its classes, or "
+    "name those of a cache: kdcache export it, and kdcache import that with --class-names FILE.json"
+)
+OF_DISTILL = Words(
+    "--ensemble",
+    "--cache",
+    "--missing ce or skip",
+    "give one map (--classes MAP.json) that has the classes of all teachers, each by its name, or by its number where "
+    f"its cache has no names. Or {_NAMED}",
+)
+OF_ENSEMBLE = Words(
+    "--rule",
+    "CACHE",
+    "--missing vote",
+    f"{_NAMED}. Other classes are mapped by kdcache distill --classes alone, which takes the caches themselves",
+)
+
+
+def parse_rule(text: str, *, option: str = "--ensemble") -> Rule:
+    """The rule that `--ensemble` names, or another option.
 
     Raises:
         UsageError: it is not known.
@@ -98,4 +141,4 @@ def parse_rule(text: str) -> Rule:
         return Rule(text)
     if text.startswith(_ROUTE) and text.endswith(".csv") and len(text) > len(_ROUTE) + 4:
         return Rule("route:FILE.csv", text.removeprefix(_ROUTE))
-    raise UsageError(f"--ensemble {text!r:.80} is not known; choose one of {', '.join(RULES)}")
+    raise UsageError(f"{option} {text!r:.80} is not known; choose one of {', '.join(RULES)}")

@@ -70,7 +70,8 @@ class BatchReader:
             raise CoverageError(
                 f"none of the {len(positions)} samples of the data set is in {self.cache.path.name} (it holds "
                 f"{show_ids(self.cache.first_ids(6))}, the data set {show_ids(sample_ids[:6])}): it is the cache of "
-                "another data set, or the ids are of another kind. Pass the ids of the dump as sample_ids="
+                "another data set, or the ids are of another kind. Give it the ids of the dump (sample_ids=, an "
+                "attribute sample_ids, or the array sample_id of npz:FILE)"
             )
         self._check_missing(sample_ids, absent, "the data set")
         return positions
@@ -129,7 +130,7 @@ class BatchReader:
         if not stored.has_teacher.all():
             stored = replace(stored, sample_id=sample_ids)  # the cache has no id for a row it does not hold
         known = stored if self._class_map is None else self._class_map.with_labels(stored)
-        check_labels(labels, known, self.cache.path.name)
+        check_labels(labels, known, self.cache.path.name, own=None if known is stored else stored.label)
         if partners is not None:
             self._check_partners(partners, known)
         if self._inputs.active and input_at is not None:

@@ -49,6 +49,32 @@ def test_soft_targets_say_their_temperature(run, folder: Path, other: Path, tmp_
     assert run("export", tmp_path / "mean", tmp_path / "mean.npz").exit_code == 0
 
 
+def test_messages_name_the_options_of_this_command(run, folder: Path, other: Path, tmp_path: Path) -> None:
+    with kdcache.open(folder) as cache:
+        rows = cache.gather(np.arange(len(cache)))
+    count = rows.num_classes
+
+    def cache_of(name: str, ids: slice, classes: list[str], **options) -> Path:
+        with kdcache.Writer(tmp_path / name, classes=classes, **options) as writer:
+            writer.write(rows.sample_id[ids], rows.dense()[ids], None)
+        return tmp_path / name
+
+    names = list(cache.classes or ()) or count
+    lacks = cache_of("lacks", slice(0, len(rows) - 1), names)
+    away = cache_of("away", slice(0, len(rows)), [f"x{n}" for n in range(count)])
+    sparse = cache_of("sparse", slice(0, len(rows)), names, top_k=1)
+    for arguments, message in (
+        ((folder, lacks), "(--missing vote)"),
+        ((folder, away), "--class-names FILE.json"),
+        ((folder, sparse, "--rule", "logits"), "--rule logits needs"),
+        ((folder, other, "--rule", "best"), "--rule 'best' is not known"),
+        ((folder, lacks, "--rule", "accuracy", "--temperature", "1", "--missing", "vote"), "--rule accuracy measures"),
+    ):
+        told = run("ensemble", *arguments, "-o", tmp_path / "out").stderr
+        assert message in told
+        assert not any(word in told for word in ("--ensemble", "--missing ce", "--cache")), told
+
+
 def test_what_cannot_be_meant_is_a_usage_error(run, folder: Path, other: Path, tmp_path: Path) -> None:
     for arguments, message in (
         ((folder,), "two caches or more"),

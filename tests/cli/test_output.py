@@ -80,3 +80,7 @@ def test_what_a_terminal_would_obey_is_escaped() -> None:
     assert list(to_lines(result)) == ["name\\x1b[2J: a\\nb\\x9b31m\\u202e", "inner:", "  \\r: \\x07"]
     assert to_json(result).isprintable()
     assert json.loads(to_json(result)) == result
+
+
+def test_what_is_empty_has_a_dash() -> None:
+    assert list(to_lines({"best": {}, "steps": 2})) == ["best:  -", "steps: 2"]

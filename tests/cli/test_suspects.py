@@ -84,8 +84,27 @@ def test_what_cannot_be_meant_is_a_usage_error(run, noisy: Path, folder: Path, t
         result = run("suspects", *arguments)
         assert (result.exit_code, message in result.stderr) == (code, True), result.stderr
     assert there.read_text() == "mine"
-    assert run("suspects", folder, "-o", there, "--overwrite").exit_code == 0
-    assert len(read(there)) == 100
+    mine = tmp_path / "s.csv"
+    assert run("suspects", noisy, "-o", mine).exit_code == 0
+    assert run("suspects", folder, "-o", mine, "--overwrite").exit_code == 0
+    assert len(read(mine)) == 100
+
+
+def test_overwrite_replaces_no_file_that_is_no_list(run, folder: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "c.h5"
+    kdcache.convert(folder, cache, dtype="float32")
+    other, record = tmp_path / "other.csv", tmp_path / "run.json"
+    other.write_text("sample_id,mine\n")
+    record.write_text("{}")
+    (tmp_path / "link.csv").symlink_to(cache)
+    for path in (cache, other, record, tmp_path / "link.csv"):
+        before = path.read_bytes()
+        result = run("suspects", cache, "-o", path, "--overwrite")
+        assert (result.exit_code, "is not a list that `kdcache suspects` made" in result.stderr) == (2, True)
+        assert path.read_bytes() == before
+    missing = tmp_path / "nothing" / "s.csv"
+    assert run("suspects", cache, "-o", missing).exit_code == 2
+    assert not missing.parent.exists()
 
 
 def test_the_margin_of_one_kept_class_is_refused(run, folder: Path, tmp_path: Path) -> None:

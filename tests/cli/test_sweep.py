@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +19,32 @@ import numpy as np
 import pytest
 
 import kdcache
+from kdcache.stages import sweep as sweep_module
+from kdcache.stages.signals import StopRequest
+from kdcache.stages.sweep_workers import Workers
 
 BASE = ("--student", "mlp:64-16-10", "--data", "digits:transfer", "--val", "digits:test", "--device", "cpu")
 FEW = ("sweep", *BASE, "--threads", "1", "--processes", "1", "--steps", "5", "--cache", "teacher.h5", "--out", "sweep")
 
 
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
+    """One process, in a folder with a cache, for all sweeps that are called here: it takes 2 s to start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("sweeps"))
+        with kdcache.Writer("teacher.h5", classes=10) as writer:
+            writer.write(np.arange(700, 1300), np.random.default_rng(0).normal(size=(600, 10)).astype(np.float32))
+        with Workers(1, StopRequest()) as workers:
+            yield workers
+
+
 @pytest.fixture(autouse=True)
-def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    with kdcache.Writer(tmp_path / "teacher.h5", classes=10) as writer:
-        writer.write(np.arange(700, 1300), np.random.default_rng(0).normal(size=(600, 10)).astype(np.float32))
+def _new_folder(pool: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep_module, "Workers", lambda count, stop: contextlib.nullcontext(pool))
+    shutil.rmtree("sweep", ignore_errors=True)
 
 
-def test_a_sweep_prints_its_choice_as_a_command_and_as_json(run, tmp_path: Path) -> None:
+def test_a_sweep_prints_its_choice_as_a_command_and_as_json(run) -> None:
     lists = ("--alpha", "0.5,0.9", "--loss", "kl", "--loss", "dkd:beta=2", "--test", "digits:test")
     result = run(*FEW, *lists)
     assert result.exit_code == 0, result.stderr
@@ -51,6 +67,8 @@ def test_a_sweep_prints_its_choice_as_a_command_and_as_json(run, tmp_path: Path)
     ("arguments", "message"),
     [
         ((), "nothing to sweep over"),
+        (("--random", "0"), "--random must be at least 1"),
+        (("--seed", "-1,1"), "the setting --seed -1: --seed must be at least 0"),
         (("--alpha", "0.5,x"), "--alpha '0.5,x': expected numbers"),
         (("--alpha", "0.5,2"), "the setting --alpha 2: --alpha must be between 0 and 1"),
         (("--seed", "1,1"), "--seed names 1 twice"),
@@ -88,7 +106,7 @@ def test_ctrl_c_ends_it_with_75_and_resume_goes_on(run) -> None:
         assert {row["steps"] for row in csv.DictReader(file)} == {"500"}
 
 
-def test_processes_end_when_the_sweep_is_killed(tmp_path: Path) -> None:
+def test_processes_end_when_the_sweep_is_killed() -> None:
     command = [sys.executable, "-m", "kdcache", *FEW, "--alpha", "0.5,0.9", "--steps", "100000", "--quiet"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
     [path] = wait_for_runs(process, 1)

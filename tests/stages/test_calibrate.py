@@ -279,7 +279,7 @@ def test_a_file_that_was_edited_or_is_something_else_is_refused(make: Make, tmp_
         edited.write_bytes(dump_sealed({**content, "bias": content["bias"][:-1]}))
         with pytest.raises(MismatchError, match="4 classes"):
             load_calibration(edited, cache)
-        with pytest.raises(IncompleteCacheError, match="missing"):
+        with pytest.raises(UsageError, match="there is no file"):
             load_calibration(tmp_path / "nothing.json", cache)
 
 

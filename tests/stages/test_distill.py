@@ -290,6 +290,14 @@ def test_without_validation_data_there_is_no_best(toy: Any, tmp_path: Path) -> N
     assert not (tmp_path / "run" / "best.pt").exists()
 
 
+def test_the_record_names_the_student_that_was_trained(toy: Any, tmp_path: Path) -> None:
+    """A module takes the place of the option, in the record as in the run."""
+    options = DistillOptions(student="mlp:6-16-4", epochs=1, device="cpu", quiet=True, out=str(tmp_path / "run"))
+    record = distill(options, student=nn.Linear(6, 4), data=toy.data, cache=toy.cache).record
+    assert record["student"]["spec"] == "Linear"
+    assert record["options"]["student"] is None
+
+
 def test_a_run_can_be_made_of_specs_alone(tmp_path: Path) -> None:
     options = replace(
         OPTIONS, student="mlp:64-16-10", data="digits:train", val="digits:test", alpha=0.0, epochs=5, batch_size=64

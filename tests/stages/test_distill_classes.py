@@ -208,9 +208,12 @@ def test_novel_classes_learn_from_their_labels_and_the_others_from_the_teacher(
     x, y = digits["test"].tensors
     predicted = found.student(x).argmax(dim=1)
     assert (predicted[y >= 7] == y[y >= 7]).float().mean() > 0.6
-    # Agreement is over the rows that the teacher knows, in the student's numbers.
-    same = predicted == 6 - teacher(x)[:, [6, 5, 4, 3, 2, 1, 0]].argmax(dim=1)
+    # Agreement is over the rows that the teacher knows, in the student's numbers, and with a softmax over the classes
+    # that it knows over these: how much mass novel ones get is not the teacher's.
+    among = found.student(x)[:, :7].argmax(dim=1) if novel == "restricted" else predicted
+    same = among == 6 - teacher(x)[:, [6, 5, 4, 3, 2, 1, 0]].argmax(dim=1)
     assert found.last["agreement"] == pytest.approx(same[y < 7].float().mean().item(), abs=1e-6)
+    assert record["measures"]["val"]["agreement"] == pytest.approx(found.last["agreement"], abs=1e-6)
     if novel == "restricted":
         p = torch.log_softmax(teacher(x)[y < 7][:, :7], dim=1)
         q = torch.log_softmax(found.student(x)[y < 7][:, :7], dim=1)
@@ -244,10 +247,43 @@ def test_labels_are_compared_through_the_map_where_the_teacher_has_their_class(
         changed[(y == digit).nonzero()[0]] = 9 if digit == 8 else 4
         data = {**digits, "train": Named(x, changed)}
         if is_seen:
-            with pytest.raises(MismatchError, match=r"has the label 4 in the data set and 3 in train"):
+            with pytest.raises(
+                MismatchError, match=r"has the label 4 in the data set and 3 in train \(3 there, before the"
+            ):
                 ran(data, caches, classes="names", epochs=1)
         else:
             assert ran(data, caches, classes="names", epochs=1).steps == 21
+
+
+def test_numbers_of_classes_that_differ_name_the_option_for_it(
+    tmp_path: Path, digits: dict[str, Named], teacher: nn.Module
+) -> None:
+    """The width of the student cannot mend it, so that no other width is advised."""
+    few = lambda y: torch.where(y < 7, y, -1)  # noqa: E731
+    seven = both(tmp_path / "seven", digits, lambda x: teacher(x)[:, :7], few, NAMES[:7])
+    parity = Named(digits["train"].tensors[0], digits["train"].tensors[1] % 2)
+    parity.classes = ("even", "odd")
+    ten = both(tmp_path / "ten", digits, teacher, lambda y: y, NAMES)
+    for data, cache, counts, advice in (
+        (digits["train"], seven[0], (10, 7), "--classes names, or --classes MAP.json"),
+        (parity, ten[0], (2, 10), "which is which with --classes MAP.json"),
+    ):
+        for width in counts:
+            options = replace(OPTIONS, student=f"mlp:64-8-{width}")
+            with pytest.raises(MismatchError, match=f"data has {counts[0]} classes, .* has {counts[1]}: .*{advice}"):
+                distill(options, data=data, cache=cache)
+
+
+def test_labels_beyond_the_classes_of_the_map_are_refused_before_the_first_step(
+    tmp_path: Path, digits: dict[str, Named], teacher: nn.Module
+) -> None:
+    cache = both(tmp_path / "ten", digits, teacher, lambda y: y, NAMES)[0]
+    given = map_file(tmp_path / "map.json", list("abcdefghi"), {name: min(n, 8) for n, name in enumerate(NAMES)})
+    options = replace(OPTIONS, student="mlp:64-8-9", classes=given, out=str(tmp_path / "run"))
+    plain = TensorDataset(*digits["train"].tensors)
+    with pytest.raises(MismatchError, match=r"`student` has 9 classes, and the training data has the label 9"):
+        distill(options, data=plain, cache=cache)
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_same_names_in_another_order_are_refused_without_a_map(tmp_path: Path) -> None:

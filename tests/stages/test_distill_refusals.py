@@ -35,6 +35,41 @@ def test_a_student_of_another_width_than_the_cache(toy: Any) -> None:
         distill(OPTIONS, student=nn.Linear(6, 3), data=toy.data, cache=toy.cache)
 
 
+def test_data_of_other_classes_than_the_teacher_has(toy: Any) -> None:
+    """Another width of the student would only move the refusal into the run."""
+    data = TensorDataset(toy.inputs, torch.full((len(toy.inputs),), -1))
+    data.num_classes = 7  # type: ignore[attr-defined]
+    for student in ("mlp:6-8-4", "mlp:6-8-7"):
+        with pytest.raises(
+            MismatchError, match=r"data has 7 classes, the teacher of teacher0 has 4: .*--classes MAP.json"
+        ):
+            distill(replace(OPTIONS, student=student), data=data, cache=toy.cache)
+    data.num_classes = 2  # type: ignore[attr-defined]
+    with pytest.raises(MismatchError, match=r"mlp:6-8-2 has 2 classes, the training data has 2 .* has 4: say which"):
+        distill(replace(OPTIONS, student="mlp:6-8-2"), data=data, cache=toy.cache)
+    with pytest.raises(MismatchError, match=r"the student has 2 classes, the training data has 2 .* has 4: say which"):
+        distill(OPTIONS, student=nn.Linear(6, 2), data=data, cache=toy.cache)
+
+
+def test_a_folder_that_the_run_reads_from_is_not_replaced(toy: Any, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    version = out / "teacher" / "v000001"
+    with open_cache(toy.cache) as cache, Writer(version, classes=4) as writer:
+        rows = cache.gather(np.arange(len(cache)))
+        writer.write(rows.sample_id, rows.dense(), rows.label)
+    (out / "run.json").write_text("{}")
+    torch.save({}, out / "best.pt")
+    for changed, message in (
+        ({"cache": str(version), "overwrite": True}, "--cache v000001 lies in --out"),
+        ({"cache": str(version), "resume": True}, "--cache v000001 lies in --out"),
+        ({"cache": str(toy.cache), "init": str(out / "best.pt"), "overwrite": True}, "--init best.pt lies in --out"),
+    ):
+        options = replace(OPTIONS, out=str(out), **changed)  # type: ignore[arg-type]
+        with pytest.raises(UsageError, match=message):
+            distill(options, data=toy.data)
+    assert open_cache(version).num_classes == 4
+
+
 def test_a_cache_with_another_root_hash(toy: Any) -> None:
     root = open_cache(toy.cache).root
     assert distill(replace(OPTIONS, expect_root=root), data=toy.data, cache=toy.cache).steps

@@ -183,6 +183,7 @@ def test_an_infinite_likelihood_is_left_out_of_the_record() -> None:
         "confidence": np.array([1.0, 1.0]),
         "nll": np.array([0.0, np.inf]),
         "brier": np.array([0.0, 2.0]),
+        "agreeing": np.array([0.0, 0.0]),
         "teacher": np.array([0.0, -1.0]),
         "kl": np.array([np.nan, np.nan]),
     }
@@ -197,7 +198,7 @@ def test_only_the_most_frequent_confusions_are_kept() -> None:
     rng = np.random.default_rng(0)
     label, top = rng.integers(0, 30, (2, 5000)).astype(np.float64)
     columns = {name: np.zeros(5000) for name in ("confidence", "nll", "brier", "kl")}
-    found = summary({**columns, "label": label, "top": top, "teacher": top}, 30)["confusions"]
+    found = summary({**columns, "label": label, "top": top, "agreeing": top, "teacher": top}, 30)["confusions"]
     counts = [one["rows"] for one in found]
     assert len(counts) == CONFUSIONS
     assert counts == sorted(counts, reverse=True)

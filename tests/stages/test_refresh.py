@@ -150,6 +150,8 @@ def test_a_version_that_lost_a_file_is_made_again_under_a_new_number(tmp_path: P
 
 
 def test_what_cannot_be_is_refused(tmp_path: Path, task: Any) -> None:
+    with pytest.raises(UsageError, match=r"takes the teacher as a module .*, found"):
+        kdcache.refresh("x", task.Task(), tmp_path / "text")  # type: ignore[arg-type]
     data, net = task.Task(), task.network(0)
     with pytest.raises(IncompleteCacheError, match="no complete version"):
         current(tmp_path / "nothing")

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import shlex
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kdcache.stages.report_advice import OVER_FITTED, WEAK, WRONG_DOMAIN, data_advice, information, teacher_advice
+from kdcache.stages.report_advice import (
+    OVER_FITTED,
+    WEAK,
+    WRONG_DOMAIN,
+    data_advice,
+    information,
+    named,
+    teacher_advice,
+)
 
 
 def figures(
@@ -46,7 +56,7 @@ def warnings(found: dict[str, Any]) -> list[str]:
 def test_nothing_is_said_against_a_good_teacher() -> None:
     (only,) = teacher_advice(figures())
     assert (only["section"], only["level"]) == ("teacher", "ok")
-    assert only["command"] == "kdcache distill --cache teacher.h5 --temperature 2 ..."
+    assert only["command"] == "kdcache distill --cache {cache} --temperature 2 ..."
     (only,) = data_advice(figures())
     assert (only["section"], only["level"]) == ("data", "ok")
     assert only["command"]
@@ -82,7 +92,7 @@ def test_an_over_confident_teacher_is_over_fitted() -> None:
     advice = teacher_advice(figures(top1=0.9, nll=0.5, confidence=0.97))
     assert advice[0]["level"] == "warning"
     assert advice[0]["text"].startswith(OVER_FITTED)
-    assert advice[0]["command"] == "kdcache calibrate teacher.h5"
+    assert advice[0]["command"] == "kdcache calibrate {cache}"
 
 
 @pytest.mark.parametrize(("seen", "warned"), [("yes", True), ("unknown", True), ("no", False)])
@@ -105,7 +115,7 @@ def test_each_advice_about_accuracy_says_that_figures_flatter() -> None:
         assert all(("flattering" in text) == bool(said) and said in text for text in texts)
     found = figures(cache={"teacher_seen": "yes"}, **told)
     (calibrate,) = [one for one in teacher_advice(found) if "ECE is 0.14" in one["text"]]
-    assert calibrate["command"] == "kdcache calibrate teacher.h5 --on UNSEEN_CACHE"
+    assert calibrate["command"] == "kdcache calibrate {cache} --on UNSEEN_CACHE"
 
 
 def test_poor_classes_are_named_and_the_rest_counted() -> None:
@@ -149,3 +159,41 @@ def test_data_advice_covers_coverage_unlike_rows_and_disagreement() -> None:
     assert all(one["command"] for one in data_advice(found))
     silent = figures(data={"domain": {"unlike_share": None}, "disagreement": None})
     assert [one["level"] for one in data_advice(silent)] == ["ok"]
+
+
+def test_no_teacher_is_called_good_that_nobody_can_judge() -> None:
+    nothing = dict.fromkeys(("top1", "nll", "ece", "classes", "majority_share", "prior_nll", "usual_class_share"))
+    for found, said in (
+        (figures(labelled=0, **nothing), "the rows have no labels"),
+        (figures(top1=0.99, majority_share=1.0, prior_nll=0.0, confidence=0.98), "all labels are of one class"),
+        (figures(top1=0.0, majority_share=1.0, prior_nll=0.0, confidence=0.02), "all labels are of one class"),
+    ):
+        (only,) = teacher_advice(found)
+        assert (only["level"], said in only["text"]) == ("note", True)
+
+
+def test_data_of_which_nothing_is_in_the_cache_are_other_data() -> None:
+    covered = {"data": "my data", "samples": 100, "found": 0, "share": 0.0}
+    (one,) = named(data_advice(figures(data={"covered": covered})), Path("teacher.h5"))
+    assert "the cache of other data" in one["text"]
+    assert one["command"] == "kdcache precompute --data 'my data' --out new-teacher.h5 ..."
+
+
+@pytest.mark.parametrize("path", ["teacher.h5", "caches/my teacher.h5", "-t.h5", "/abs/$(id)/t", "a/{new}.h5"])
+def test_a_command_names_the_cache_as_it_was_given_in_one_word(path: str) -> None:
+    found = figures(top1=1.0, nll=1e-4, confidence=0.9999, cache={"teacher_seen": "yes"})
+    for one in named([*teacher_advice(found), *data_advice(found)], Path(path)):
+        words = [word for word in shlex.split(one["command"]) if path in word]
+        assert words == [f"./{path}" if path.startswith("-") else path] or "--out" in one["command"]
+    (new,) = [
+        one
+        for one in named(teacher_advice(figures(top1=None, classes=None)), Path("caches/my t.h5"))
+        if one["level"] == "note"
+    ]
+    assert shlex.split(new["command"])[5] == "caches/new-my t.h5"
+
+
+def test_the_ece_is_that_of_equal_width_bins_and_says_so() -> None:
+    found = figures(ece={"equal_width": 0.031, "equal_mass": 0.042})
+    (one,) = [one for one in teacher_advice(found) if "ECE" in one["text"]]
+    assert "ECE is 0.031 (equal width; equal mass: 0.042)" in one["text"]

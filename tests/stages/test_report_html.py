@@ -206,7 +206,10 @@ def test_students_that_are_not_finished_or_not_compared_are_shown(undrawn: None)
 
 
 def test_a_file_that_is_there_stays_unless_told(tmp_path: Path, undrawn: None) -> None:
-    out = tmp_path / "new" / "report.html"
+    out = tmp_path / "report.html"
+    with pytest.raises(UsageError, match="new is no folder"):
+        render(sample_report(students=False), tmp_path / "new" / "report.html")
+    assert not (tmp_path / "new").exists()
     render(sample_report(students=False), out)
     before = out.read_text()
     with pytest.raises(UsageError, match="exists"):
@@ -214,6 +217,12 @@ def test_a_file_that_is_there_stays_unless_told(tmp_path: Path, undrawn: None) -
     assert out.read_text() == before
     render(sample_report(), out, overwrite=True)
     assert out.read_text() != before
+    for content in (b"", b"<!DOCTYPE html>\n<p>mine", b"\x89HDF\r\n\x1a\n", b'{"kdcache_run": 1}'):
+        other = tmp_path / "other"
+        other.write_bytes(content)
+        with pytest.raises(UsageError, match="is not a page that `kdcache report` made"):
+            render(sample_report(), other, overwrite=True)
+        assert other.read_bytes() == content
 
 
 @pytest.mark.parametrize("package", ["jinja2", "matplotlib"])

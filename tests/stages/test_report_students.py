@@ -169,6 +169,52 @@ def test_of_several_label_only_settings_the_most_alike_is_compared(tmp_path: Pat
     assert entries[-1]["against_labels"]["differs"] == ["lr 0.1 against 0.5"]
 
 
+def test_all_labels_are_all_labels_whatever_their_seed(tmp_path: Path) -> None:
+    rest = {"fraction": 1.0, "seed": 0, "unlabelled": "keep", "labelled_rows": 600, "other_rows": 400}
+    rows = {"fingerprint": "f", "data": {"name": "digits:train", "fingerprint": "aa"}}
+    labels = write_run(
+        tmp_path / "labels", alpha=0, data={**rows, "rows": 600}, options={"label_fraction": 1.0, "unlabelled": "drop"},
+        labels={**rest, "unlabelled": "drop", "other_rows": 0},
+    )  # fmt: skip
+    cache = {"name": "teacher", "root": "00" * 32}
+    plain = write_run(tmp_path / "plain", data={**rows, "rows": 600, "cache": cache})
+    kept = write_run(
+        tmp_path / "kept", data={**rows, "rows": 1000, "cache": cache}, options={"label_fraction": 1.0}, labels=rest
+    )
+    some = write_run(
+        tmp_path / "some", data={**rows, "rows": 600, "cache": cache}, options={"label_fraction": 0.5}, labels=rest
+    )
+    entries, _ = students([labels, plain, kept, some])
+    found = {entry["name"]: entry["against_labels"] for entry in entries[1:]}
+    assert [found[name]["why_not"] for name in ("plain", "kept")] == [None, None]
+    assert "0.5 of the labels (label seed 0)" in found["some"]["why_not"]
+
+
+def test_an_interrupted_run_is_at_the_step_that_its_record_says(tmp_path: Path) -> None:
+    part = write_run(tmp_path / "part", status="interrupted", steps=7, measures=None)
+    (part / "metrics.jsonl").write_text("")  # stopped before the first line
+    entries, _ = students([part])
+    assert entries[0]["runs"][0]["step"] == 7
+
+
+def test_runs_of_another_cache_are_named(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / "kd"), write_run(tmp_path / "labels", alpha=0)]
+    assert "learnt from another one" not in texts(students(runs, root="00" * 32)[1])
+    text = texts(students(runs, root="11" * 32)[1])
+    assert "not of this cache (111111111111): kd (000000000000) learnt from another one" in text
+    members = [{"root": "22" * 32}, {"root": "11" * 32}]
+    data = {"rows": 9, "data": {}, "cache": {"root": "22" * 32}, "ensemble": {"members": members}}
+    several = write_run(tmp_path / "several", data=data)
+    assert "several (" not in texts(students([several], root="11" * 32)[1])
+
+
+def test_the_folder_of_a_sweep_leads_to_its_runs(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "sweep" / "runs" / "000-alpha0")
+    for folder in (tmp_path / "sweep", tmp_path / "sweep" / "runs"):
+        with pytest.raises(UsageError, match=f"such as {run}: give --run with each"):
+            students([folder])
+
+
 def test_alpha_0_with_a_cache_is_labels_only_if_every_row_has_a_label(tmp_path: Path) -> None:
     cache = {"rows": 1000, "data": {"name": "d", "fingerprint": "aa"}, "cache": {"root": "00"}}
     labels = write_run(tmp_path / "labels", alpha=0, data=cache)
@@ -190,7 +236,7 @@ def test_a_student_too_small_one_without_rows_and_one_too_sure_are_told(tmp_path
     found = texts(students([small, narrow, sure])[1])
     assert "small: only 60 % agreement with the teacher on training rows" in found
     assert "narrow: agrees with the teacher on 100 % of training rows and on 70 % of held-out rows" in found
-    assert "sure: over-confident, ECE 0.20" in found
+    assert "sure: over-confident, ECE (equal width) 0.20" in found
     assert "sure: only" not in found
 
 

@@ -136,6 +136,36 @@ def test_a_class_map_is_of_each_teacher(tmp_path: Path) -> None:
         ran(two, classes=str(path), data=data)
 
 
+def test_one_map_names_the_classes_of_all_teachers(tmp_path: Path) -> None:
+    """By their names in any order, and by numbers where a cache has no names."""
+    order, other = [3, 0, 5, 1, 4, 2], [name.upper() for name in NAMES]
+    place = torch.tensor([order.index(c) for c in range(CLASSES)])
+    first = cache_of(tmp_path / "first", LOGITS[0], names=NAMES)
+    moved = cache_of(tmp_path / "moved", LOGITS[1][:, order], names=[other[c] for c in order], labels=place[LABELS])
+    nameless = cache_of(tmp_path / "nameless", LOGITS[1][:, order], labels=place[LABELS])
+    wanted = weights(ran([first, cache_of(tmp_path / "plain", LOGITS[1], names=NAMES)]))
+    path = tmp_path / "map.json"
+    own = {name: name for name in NAMES}
+    for second, pairs in (
+        (moved, {**own, **dict(zip(other, NAMES, strict=True))}),
+        (nameless, {**own, **{str(n): NAMES[c] for n, c in enumerate(order)}}),
+    ):
+        path.write_text(json.dumps({"student": NAMES, "map": pairs}))
+        assert torch.equal(weights(ran([first, second], classes=str(path))), wanted)
+    turned = cache_of(tmp_path / "turned", LOGITS[1], names=NAMES[::-1], labels=LABELS)
+    with pytest.raises(MismatchError, match=rf"has the label {5 - LABELS[0]} in turned \(there {LABELS[0]}, as its cl"):
+        ran([first, turned])
+    path.write_text(json.dumps({"student": NAMES, "map": {**own, "g": "a"}}))
+    with pytest.raises(MismatchError, match="'g' is none of the 6 classes of first"):
+        ran([first, moved], classes=str(path))
+    path.write_text(json.dumps({"student": NAMES, "map": own}))
+    with pytest.raises(MismatchError, match="6 of the 6 classes of moved are not in the map"):
+        ran([first, moved], classes=str(path))
+    path.write_text(json.dumps({"student": NAMES, "map": {str(n): n for n in range(CLASSES)}}))
+    with pytest.raises(UsageError, match="the number 0 is the class 'a' of first and 'D' of moved: write the names"):
+        ran([first, moved], classes=str(path))
+
+
 def test_each_calibration_goes_to_the_cache_that_it_is_bound_to(two: list[Path], tmp_path: Path) -> None:
     files = [file_of(cache, t) for cache, t in zip(two, (2.0, 0.5), strict=True)]
     divided = [cache_of(tmp_path / f"d{n}", LOGITS[n] / t) for n, t in enumerate((2.0, 0.5))]
@@ -219,6 +249,10 @@ def test_a_route_file_sends_each_sample_to_its_teacher(two: list[Path], tmp_path
     picked = LOGITS[0].clone()
     picked[1::2] = LOGITS[1][1::2]
     wanted = ran(cache_of(tmp_path / "picked", picked))
+    kdcache.ensemble(two, tmp_path / "routed.h5", rule=f"route:{path}")
+    made = kdcache.ensemble(two, tmp_path / "routed.h5", rule=f"route:{path}", overwrite=True)
+    assert made.rule == "route:which.csv"
+    assert "2 teachers by the rule route:which.csv: " in made.notes[0]
     assert torch.equal(weights(ran(two, ensemble=f"route:{path}")), weights(wanted))
 
 
@@ -229,7 +263,7 @@ def test_a_route_file_sends_each_sample_to_its_teacher(two: list[Path], tmp_path
         ("sample_id,teacher\n", UsageError, "has no lines"),
         ("sample_id,teacher\n0,third\n", UsageError, "teacher 'third' is none of 1, 2, first, second"),
         ("sample_id,teacher\n0,0\n", UsageError, "is none of"),
-        ("sample_id,teacher\n0,1\n0,2\n", DataError, "names the sample 0 twice"),
+        ("sample_id,teacher\n0,1\n0,2\n", UsageError, "names the sample 0 twice"),
         ("sample_id,teacher\n0,1\n1,1\n", CoverageError, "has no line for 58 of the 60 samples: 2, 3"),
         ("sample_id,teacher\nx,1\n", UsageError, "is no table"),
         ("sample_id,teacher\n0,1,2\n", UsageError, "has 3 cells, the header 2"),
@@ -316,7 +350,8 @@ def test_rows_of_views_are_joined_by_view(tmp_path: Path, monkeypatch: pytest.Mo
         ({"ensemble": "soft-targets", "confidence_below": 0.5}, UsageError, "calibration_error needs"),
         ({"ensemble": "soft-targets", "disagreement": "downweight"}, UsageError, "nll needs the probability"),
         ({"expect_root": "0" * 64}, UsageError, "--expect-root is of one cache, and --cache names 2"),
-        ({"calibration": ("nothing.json",)}, Exception, "nothing.json"),
+        ({"calibration": ("nothing.json",)}, UsageError, "there is no file nothing.json: a calibration is"),
+        ({"ensemble": "route:nothing.csv"}, UsageError, "there is no file nothing.csv: a route names a table"),
     ],
 )
 def test_options_that_several_teachers_cannot_serve_are_refused(
@@ -344,7 +379,7 @@ def test_caches_that_do_not_belong_together_are_refused(two: list[Path], tmp_pat
     kdcache.ensemble(two, soft, rule="soft-targets", temperature=4.0)
     for caches, changed, error, message in (
         ([first, named], {}, UsageError, "first does not name its classes"),
-        ([named, others], {}, MismatchError, r"other classes \('f', 'z' in one of them alone\).*--classes"),
+        ([named, others], {}, MismatchError, r"other classes \('f', 'z' in one of them alone\): give one map"),
         ([first, wide], {}, MismatchError, "wide has 7 classes, first 6"),
         ([first, wrong], {}, MismatchError, r"sample 0 has the label \d in wrong and \d in first; 60 labels differ"),
         ([first, away], {"missing": "ce"}, CoverageError, "first shares no sample of the data with any other"),

@@ -105,15 +105,18 @@ def test_runs_are_those_of_the_printed_commands_bit_for_bit(swept: tuple[SweepOp
         chosen = answer[place]
         words = shlex.split(chosen["command"])
         assert words[:2] == ["kdcache", "distill"]
-        done = CliRunner().invoke(cli, [*words[1:], "--overwrite", "--json"])
+        done = CliRunner().invoke(cli, [*words[1:], "--json"])
         assert done.exit_code == 0, done.output
         assert json.loads(done.stdout)["last"]["val_accuracy"] == chosen["values"][0] == float(named(rows, chosen, 0))
-        mine = torch.load(result.out / "best" / "last.pt", weights_only=True)
+        mine = torch.load(Path(json.loads(done.stdout)["out"]) / "last.pt", weights_only=True)
         name = next(name for name, row in rows.items() if row["seed"] == "0" and is_of(row, chosen))
         theirs = torch.load(result.out / "runs" / name / "last.pt", weights_only=True)
         assert all(torch.equal(mine[key], theirs[key]) for key in mine)
         # The test set is the validation set here, so that both must say the same.
         assert chosen["test"]["mean"] == pytest.approx(chosen["mean"], abs=1e-12)
+    for path in result.out.glob("runs/*/run.json"):  # all labels are used: plain runs, to compare with any other
+        options = json.loads(path.read_text())["options"]
+        assert (options["label_fraction"], options["unlabelled"]) == (None, None)
     assert answer["difference"]["mean"] == pytest.approx(answer["best"]["mean"] - answer["labels_only"]["mean"])
     record = json.loads((result.out / "sweep.json").read_text())
     assert record["status"] == "done"
@@ -163,7 +166,7 @@ def test_a_sweep_that_goes_on_keeps_what_is_finished_and_is_the_same(
     swept: tuple[SweepOptions, SweepResult], tmp_path: Path
 ) -> None:
     (options, first), out = swept, tmp_path / "sweep"
-    shutil.copytree(first.out, out, ignore=shutil.ignore_patterns("best"))
+    shutil.copytree(first.out, out, ignore=shutil.ignore_patterns("best*"))
     options = replace(options, base=replace(options.base, out=str(out), quiet=True), processes=1)
     before = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/run.json")}
     with pytest.raises(UsageError, match="holds a sweep"):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 
@@ -20,6 +23,8 @@ from kdcache.errors import (
     UsageError,
 )
 from kdcache.stages import sweep_workers
+from kdcache.stages.data import load_data
+from kdcache.stages.distill import distill
 from kdcache.stages.distill_options import DistillOptions
 from kdcache.stages.sweep import sweep
 from kdcache.stages.sweep_options import SweepOptions
@@ -46,9 +51,69 @@ def test_a_run_that_diverges_is_a_row_and_one_of_a_killed_process_is_repeated(
 @pytest.mark.usefixtures("one_process")
 def test_a_sweep_of_which_every_run_fails_is_an_error(base: DistillOptions, tmp_path: Path) -> None:
     base = replace(base, data="sweep_task:Broken", check="ids")
-    with pytest.raises(KDCacheError, match="4 of 4 runs failed"):
+    with pytest.raises(KDCacheError, match=r"4 of 4 runs failed.*The first, 00.*FileNotFoundError: 300.png") as found:
         sweep(SweepOptions(base, {"alpha": (0.5, 0.9)}, processes=1))
+    assert type(found.value) is KDCacheError
     assert all("FileNotFoundError" in row["error"] for row in rows_of(tmp_path / "sweep").values())
+
+
+@pytest.mark.usefixtures("one_process")
+def test_what_all_runs_fail_with_is_told_and_has_its_exit_code(base: DistillOptions, tmp_path: Path) -> None:
+    path = tmp_path / "damaged.h5"
+    shutil.copy(base.cache[0], path)
+    with h5py.File(path) as file:
+        at = file["logits"].id.get_chunk_info(0).byte_offset
+    with path.open("r+b") as bare:
+        bare.seek(at + 20)
+        bare.write(b"damaged")
+    with pytest.raises(CorruptCacheError) as alone:
+        distill(replace(base, cache=(str(path),), out=None))
+    with pytest.raises(CorruptCacheError, match="runs failed") as found:
+        sweep(SweepOptions(replace(base, cache=(str(path),)), {"alpha": (0.5, 0.9)}, processes=1))
+    assert str(alone.value) in str(found.value)
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize(
+    ("changed", "own", "message"),
+    [
+        ({"seed": (0, -1)}, {}, "the setting --seed -1: --seed must be at least 0"),
+        ({}, {}, "nothing to sweep over"),
+        ({}, {"alpha": 1.5}, "--alpha must be between 0 and 1"),
+        ({}, {"cache": ("nope.h5",)}, "nope.h5"),
+        ({}, {"student": None}, "--student"),
+        ({}, {"random": 0}, "--random must be at least 1"),
+        ({}, {"test": "digits:nope"}, "--test digits:nope: digits has no part 'nope'"),
+        ({"alpha": (0.5, 0.9)}, {"test": "digits:nope"}, "--test digits:nope: digits has no part 'nope'"),
+        ({"alpha": (0.5, 0.9)}, {"test": "npz:BARE"}, "bare.npz: the data have no labels"),
+        ({"alpha": (0.5, 0.9)}, {"val": "npz:BARE"}, "bare.npz: the data have no labels"),
+    ],
+)
+def test_refusals_come_before_the_first_run_and_nothing_to_sweep_over_comes_last(
+    changed: dict[str, Any], own: dict[str, Any], message: str, base: DistillOptions, tmp_path: Path
+) -> None:
+    np.savez(tmp_path / "bare.npz", x=np.zeros((3, 1, 8, 8), np.float32))
+    own = {name: f"npz:{tmp_path / 'bare.npz'}" if value == "npz:BARE" else value for name, value in own.items()}
+    given = {name: own.pop(name) for name in ("random", "test") if name in own}
+    with pytest.raises(KDCacheError) as found:
+        sweep(SweepOptions(replace(base, **own), changed, processes=1, **given))
+    assert message in str(found.value)
+    assert not (tmp_path / "sweep" / "runs").exists()
+
+
+@pytest.mark.usefixtures("one_process")
+def test_alpha_0_leaves_rows_without_a_label_out(base: DistillOptions, tmp_path: Path) -> None:
+    data = load_data("digits:transfer").dataset
+    labels = np.array([data[at][1] for at in range(600)])
+    labels[::2] = -1
+    np.savez(tmp_path / "some.npz", x=np.stack([data[at][0].numpy() for at in range(600)]), y=labels)
+    with kdcache.Writer(tmp_path / "some.h5", classes=10) as writer:
+        writer.write(np.arange(600), np.random.default_rng(0).normal(size=(600, 10)).astype(np.float32))
+    base = replace(base, data=f"npz:{tmp_path / 'some.npz'}", cache=(str(tmp_path / "some.h5"),))
+    result = sweep(SweepOptions(base, {"seed": (0, 1)}, processes=1))
+    rows = rows_of(tmp_path / "sweep").values()
+    assert {(float(row["alpha"]) == 0, row["labelled_rows"]) for row in rows} == {(True, "300"), (False, "")}
+    assert "--label-fraction 1 --unlabelled drop" in result.answers[0]["labels_only"]["command"]
 
 
 def test_a_process_that_dies_twice_is_an_error(base: DistillOptions, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,8 +170,6 @@ def test_a_stop_that_is_asked_for_ends_the_processes(base: DistillOptions, monke
 
 @pytest.mark.usefixtures("one_process")
 def test_data_without_labels_have_no_alpha_0(base: DistillOptions, tmp_path: Path) -> None:
-    from kdcache.stages.data import load_data
-
     data = load_data("digits:transfer")
     np.savez(tmp_path / "bare.npz", x=np.stack([data.dataset[at][0].numpy() for at in range(600)]))
     with kdcache.Writer(tmp_path / "bare.h5", classes=10) as writer:

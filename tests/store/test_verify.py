@@ -86,7 +86,9 @@ def test_damage_is_corrupt_and_missing_files_are_incomplete(folder: Path, flip: 
         report.raise_on_error()
     assert caught.value.exit_code == 4
     second.unlink()
-    with pytest.raises(IncompleteCacheError, match=rf"2 problems: \(1\) .*{second.name} is missing.* \(2\) .*{third.name} is missing"):
+    with pytest.raises(
+        IncompleteCacheError, match=rf"2 problems: \(1\) .*{second.name} is missing.* \(2\) .*{third.name} is missing"
+    ):
         verify(folder, raise_on_error=True)
     flip(first, first.stat().st_size - 1)
     with pytest.raises(CorruptCacheError, match=first.name) as corrupt:

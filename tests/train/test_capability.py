@@ -15,6 +15,7 @@ from kdcache.format.dense import Dense
 from kdcache.format.encoding import Encoding
 from kdcache.format.factored import Factored
 from kdcache.format.quantized import Quantized
+from kdcache.format.soft_targets import SoftTargets
 from kdcache.format.topk import TopK
 from kdcache.store.rows import TeacherRows
 from kdcache.train.capability import NAMES, Service, require, service, table
@@ -84,6 +85,18 @@ def test_what_needs_features_or_labels_says_so() -> None:
         require("feature_mse", DENSE)
     with pytest.raises(UsageError, match=r"dkd_target needs.*without labels.*kdcache convert makes such topk rows"):
         require("dkd_target", TopK((10,), 3, (1.0,), 0), 1.0)
+
+
+def test_a_mean_of_soft_targets_advises_its_temperature_only_where_that_would_do() -> None:
+    mean = SoftTargets((10,), 4.0, 10)
+    with pytest.raises(UsageError, match=r"asked for at temperature 1.0, .* at temperature 4, .* Use it \(--temp"):
+        require("kl", mean, 1.0)
+    for temperature in (1.0, 4.0):
+        with pytest.raises(
+            UsageError, match=r"no temperature serves nll\. Take the cache of a single teacher"
+        ) as caught:
+            require("nll", mean, temperature)
+        assert "--temperature" not in str(caught.value)
 
 
 def test_a_name_that_is_not_known_is_refused() -> None:
