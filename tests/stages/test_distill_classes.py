@@ -259,8 +259,7 @@ def test_numbers_of_classes_that_differ_name_the_option_for_it(
     tmp_path: Path, digits: dict[str, Named], teacher: nn.Module
 ) -> None:
     """The width of the student cannot mend it, so that no other width is advised."""
-    few = lambda y: torch.where(y < 7, y, -1)  # noqa: E731
-    seven = both(tmp_path / "seven", digits, lambda x: teacher(x)[:, :7], few, NAMES[:7])
+    seven = both(tmp_path / "seven", digits, lambda x: teacher(x)[:, :7], lambda y: y.where(y < 7, -1), NAMES[:7])
     parity = Named(digits["train"].tensors[0], digits["train"].tensors[1] % 2)
     parity.classes = ("even", "odd")
     ten = both(tmp_path / "ten", digits, teacher, lambda y: y, NAMES)
