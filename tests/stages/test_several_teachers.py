@@ -1,8 +1,9 @@
-"""Runs with several caches: what they learn, what they refuse, and how they go on."""
+"""Runs with several caches: what they learn, and how they go on."""
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,27 +16,18 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import kdcache
-from kdcache.errors import CoverageError, DataError, InterruptedRunError, MismatchError, UsageError
+from kdcache.errors import CoverageError, InterruptedRunError, MismatchError, UsageError
 from kdcache.stages.asked_caches import asked_caches, parse_cache
 from kdcache.stages.calibration_file import StoredCalibration, save_calibration
 from kdcache.stages.distill import distill
-from kdcache.stages.distill_options import DistillOptions
 from kdcache.stages.label_fraction import choose_labelled
 from kdcache.train.calibrated import Calibration
 from kdcache.train.ensemble_rules import RULES
 from kdcache.train.pipelines import named
 
-ROWS, WIDTH, CLASSES = 60, 5, 6
-GENERATOR = torch.Generator().manual_seed(0)
-INPUTS = torch.randn(ROWS, WIDTH, generator=GENERATOR)
-LABELS = torch.randint(0, CLASSES, (ROWS,), generator=GENERATOR)
-LOGITS = [
-    torch.randn(ROWS, CLASSES, generator=GENERATOR) * 3 + 3 * torch.nn.functional.one_hot(LABELS, CLASSES)
-    for _ in range(3)
-]
-DATA = TensorDataset(INPUTS, LABELS)
-NAMES = ("a", "b", "c", "d", "e", "f")
-OPTIONS = DistillOptions(epochs=2, batch_size=16, device="cpu", quiet=True, seed=3, temperature=4.0)
+sys.path.insert(0, str(Path(__file__).parent))
+from several_caches import CLASSES, INPUTS, LABELS, LOGITS, NAMES, OPTIONS, ROWS, cache_of, ran, two_caches, weights
+
 PLAIN_RULES = [rule for rule in RULES if rule != "route:FILE.csv"]
 
 
@@ -47,37 +39,9 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def cache_of(
-    path: Path,
-    logits: Tensor,
-    *,
-    rows: Any = slice(None),
-    names: Any = None,
-    labels: Tensor | None = LABELS,
-    dtype: str = "float32",
-    **provenance: Any,
-) -> Path:
-    known = {"teacher_seen": "no", **provenance}
-    with kdcache.Writer(path, classes=names or CLASSES, dtype=dtype, provenance=known) as writer:
-        own = None if labels is None else labels[rows].numpy()
-        writer.write(np.arange(ROWS)[rows], logits[rows].numpy(), own)
-    return path
-
-
 @pytest.fixture
 def two(tmp_path: Path) -> list[Path]:
-    return [cache_of(tmp_path / name, logits) for name, logits in zip(("first", "second"), LOGITS, strict=False)]
-
-
-def ran(caches: Any, *, val: Any = None, data: Any = DATA, **changed: Any) -> Any:
-    torch.manual_seed(4)
-    student = nn.Sequential(nn.Linear(WIDTH, 8), nn.Tanh(), nn.Linear(8, CLASSES))
-    options = replace(OPTIONS, **changed)
-    return distill(options, student=student, data=data, cache=caches, val=None if val is None else DATA, val_cache=val)
-
-
-def weights(result: Any) -> Tensor:
-    return torch.cat([parameter.detach().reshape(-1) for parameter in result.student.parameters()])
+    return two_caches(tmp_path)
 
 
 def test_the_mean_of_logits_trains_as_a_cache_of_the_mean(two: list[Path], tmp_path: Path) -> None:
@@ -338,93 +302,6 @@ def test_rows_of_views_are_joined_by_view(tmp_path: Path, monkeypatch: pytest.Mo
         trained([first, fewer])
     with pytest.raises(MismatchError, match=r"v4 was dumped with the pipeline .* their teachers saw other inputs"):
         trained([fewer, other])
-
-
-@pytest.mark.parametrize(
-    ("changed", "error", "message"),
-    [
-        ({"ensemble": "best"}, UsageError, "is not known; choose one of logits"),
-        ({"ensemble": "soft-targets", "loss": ("mse",)}, UsageError, "mse needs the logits of all classes"),
-        ({"ensemble": "soft-targets", "loss": ("standardized_kd",)}, UsageError, "soft targets at temperature 4"),
-        ({"ensemble": "soft-targets", "loss": ("kl:temperature=2",)}, UsageError, "asked for at temperature 2"),
-        ({"ensemble": "soft-targets", "confidence_below": 0.5}, UsageError, "calibration_error needs"),
-        ({"ensemble": "soft-targets", "disagreement": "downweight"}, UsageError, "nll needs the probability"),
-        ({"expect_root": "0" * 64}, UsageError, "--expect-root is of one cache, and --cache names 2"),
-        ({"calibration": ("nothing.json",)}, UsageError, "there is no file nothing.json: a calibration is"),
-        ({"ensemble": "route:nothing.csv"}, UsageError, "there is no file nothing.csv: a route names a table"),
-    ],
-)
-def test_options_that_several_teachers_cannot_serve_are_refused(
-    two: list[Path], changed: dict[str, Any], error: type[Exception], message: str
-) -> None:
-    with pytest.raises(error, match=message):
-        ran(two, **changed)
-
-
-def test_caches_that_do_not_belong_together_are_refused(two: list[Path], tmp_path: Path) -> None:
-    first = two[0]
-    named = cache_of(tmp_path / "named", LOGITS[1], names=NAMES)
-    others = cache_of(tmp_path / "others", LOGITS[1], names=[*NAMES[:-1], "z"])
-    wide = tmp_path / "wide"
-    with kdcache.Writer(wide, classes=7) as writer:
-        writer.write(np.arange(ROWS), torch.randn(ROWS, 7).numpy())
-    wrong = cache_of(tmp_path / "wrong", LOGITS[1], labels=(LABELS + 1) % CLASSES)
-    away = tmp_path / "away"
-    with kdcache.Writer(away, classes=CLASSES) as writer:
-        writer.write(np.arange(1000, 1000 + ROWS), LOGITS[1].numpy())
-    augmented = cache_of(
-        tmp_path / "augmented", LOGITS[1], views={"augment": "shift2", "named": True, "seed": 1, "mix": None}
-    )
-    soft = tmp_path / "soft.h5"
-    kdcache.ensemble(two, soft, rule="soft-targets", temperature=4.0)
-    for caches, changed, error, message in (
-        ([first, named], {}, UsageError, "first does not name its classes"),
-        ([named, others], {}, MismatchError, r"other classes \('f', 'z' in one of them alone\): give one map"),
-        ([first, wide], {}, MismatchError, "wide has 7 classes, first 6"),
-        ([first, wrong], {}, MismatchError, r"sample 0 has the label \d in wrong and \d in first; 60 labels differ"),
-        ([first, away], {"missing": "ce"}, CoverageError, "first shares no sample of the data with any other"),
-        ([first, first], {}, UsageError, "--cache names first twice"),
-        ([first, augmented], {}, MismatchError, "augmented was dumped with the pipeline"),
-        ([first, soft], {}, UsageError, "soft.h5 is the mean of several teachers itself"),
-        ([first], {"ensemble": "logits"}, UsageError, "give --cache more than once"),
-    ):
-        with pytest.raises(error, match=message):
-            ran(caches, **changed)
-    with pytest.raises(UsageError, match="--val-cache is given 2 times and --cache 3 times"):
-        ran([*two, cache_of(tmp_path / "third", LOGITS[2])], val=two)
-    with pytest.raises(UsageError, match="--val-cache is given 2 times for a single --cache"):
-        ran(first, val=two)
-    with pytest.raises(MismatchError, match="give the validation caches in the order"):
-        ran(two, val=[first, wide])
-    turned = cache_of(tmp_path / "turned", LOGITS[0], names=NAMES[::-1], labels=None)
-    with pytest.raises(MismatchError, match=r"turned \(--val-cache\) has other classes than named"):
-        ran([named, cache_of(tmp_path / "again", LOGITS[0], names=NAMES)], val=turned)
-
-
-def test_teachers_of_two_halves_of_the_data_are_no_ensemble(tmp_path: Path) -> None:
-    halves = [cache_of(tmp_path / str(n), LOGITS[n], rows=slice(30 * n, 30 * n + 30)) for n in range(2)]
-    with pytest.raises(CoverageError, match=r"0 shares no sample of the data with any other --cache \(30 of the 60"):
-        ran(halves, missing="ce")
-
-
-def test_rules_refuse_what_they_cannot_measure(two: list[Path], tmp_path: Path) -> None:
-    first = two[0]
-    seen = cache_of(tmp_path / "seen", LOGITS[1], teacher_seen="yes")
-    bare = cache_of(tmp_path / "bare", LOGITS[1], labels=None)
-    few = cache_of(tmp_path / "few", LOGITS[1], labels=torch.where(torch.arange(ROWS) < 9, LABELS, -1))
-    kdcache.convert(first, tmp_path / "sparse", top_k=3, temperatures=(1.0, 2.0))
-    sparse = tmp_path / "sparse"
-    for caches, rule, error, message in (
-        ([first, seen], "accuracy", UsageError, r"seen was trained on these rows \(teacher_seen: yes\)"),
-        ([first, bare], "calibration", UsageError, "bare has none of single rows"),
-        ([first, few], "class-accuracy", DataError, "few has 9 labelled rows"),
-        ([two[1], sparse], "logits", UsageError, "needs the logits of all classes, and sparse holds topk rows"),
-        ([two[1], sparse], "entropy", UsageError, "needs the logits of all classes"),
-        ([two[1], sparse], None, UsageError, "topk rows of sparse at that temperature, and they hold 1, 2"),
-    ):
-        with pytest.raises(error, match=message):
-            ran(caches, ensemble=rule)
-    assert ran([two[1], sparse], temperature=2.0).steps == 8
 
 
 def test_hidden_labels_leave_no_trace_in_any_member(two: list[Path], tmp_path: Path) -> None:
