@@ -28,6 +28,7 @@ import numpy as np
 from kdcache.errors import MismatchError, UsageError
 from kdcache.stages.report_students_advice import advise
 from kdcache.stages.report_students_runs import StudentRun, read_run
+from kdcache.stages.standard_errors import needed
 
 MIN_CLASS_ROWS = 10
 FALSE_ALARM = 0.05
@@ -259,13 +260,18 @@ def _against_labels(
 
 
 def _gain(first: dict[str, Any], second: dict[str, Any], rows: int) -> dict[str, Any]:
-    """Difference of mean accuracies; its error is that of seeds where both have several, else that of the rows."""
+    """Difference of mean accuracies; its error is that of seeds where both have several, else that of the rows.
+
+    Seeds are told apart by Student's t at 95 %, rows by two standard errors.
+    """
     if first["standard_error"] is not None and second["standard_error"] is not None:
         error, of = math.hypot(first["standard_error"], second["standard_error"]), "seeds"
+        least = needed(min(first["runs"], second["runs"]))  # the smaller of both degrees of freedom, to be safe
     else:
         spread = sum(share["mean"] * (1 - share["mean"]) for share in (first, second))
-        error, of = math.sqrt(spread / rows), "rows"
-    return {"gain": first["mean"] - second["mean"], "standard_error": error, "of": of}
+        error, of, least = math.sqrt(spread / rows), "rows", 2.0
+    gain = first["mean"] - second["mean"]
+    return {"gain": gain, "standard_error": error, "standard_errors_needed": least, "of": of}
 
 
 def _obstacles(run: StudentRun, other: StudentRun) -> list[str]:

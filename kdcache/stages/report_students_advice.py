@@ -111,10 +111,11 @@ def _gains(entry: dict[str, Any]) -> list[dict[str, Any]]:
         text = f"{name}: not comparable with labels only ({against['with']}): {against['why_not']}"
         return [_say("note", text)]
     gain, error = against["accuracy"]["gain"], against["accuracy"]["standard_error"]
+    least = against["accuracy"]["standard_errors_needed"] * error
     measured = f"{100 * gain:+.2f} points of accuracy against labels only (standard error {100 * error:.2f})"
-    if gain > _SURE * error:
+    if gain > least:
         found = [_say("ok", f"{name}: {measured}: the teacher helps")]
-    elif gain < -_SURE * error:
+    elif gain < -least:
         found = [_say("warning", f"{name}: {measured}: the teacher hurts; lower --alpha, or see the teacher's section")]
     else:
         found = [_say("note", f"{name}: {measured}: no difference that these runs can tell; train more seeds of both")]

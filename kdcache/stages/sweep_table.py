@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kdcache.stages.sweep_choice import Mean, Scored, Verdict, needed, paired, said
+from kdcache.stages.standard_errors import needed
+from kdcache.stages.sweep_choice import Mean, Scored, Verdict, paired, said
 from kdcache.stages.sweep_command import distill_command, text_of
 from kdcache.stages.sweep_grid import Run
 

@@ -116,6 +116,21 @@ def test_seeds_make_a_mean_with_its_standard_error(tmp_path: Path) -> None:
     assert entry["name"] == "kd0 and 2 more"
 
 
+@pytest.mark.parametrize(("seeds", "says"), [(2, "no difference that these runs can tell"), (5, "the teacher helps")])
+def test_two_seeds_tell_nothing_that_five_do(tmp_path: Path, seeds: int, says: str) -> None:
+    """Three points at two to seven standard errors: with two seeds Student's t asks for 12.7 of them."""
+    runs = []
+    for seed in range(seeds):
+        jitter = seed % 2
+        runs.append(write_run(tmp_path / f"kd{seed}", seed=seed, correct=(44 + jitter, 41, 41)))
+        runs.append(write_run(tmp_path / f"labels{seed}", seed=seed, alpha=0.0, correct=(40 + jitter, 41, 41)))
+    entries, advice = students(runs)
+    (against,) = (entry["against_labels"]["accuracy"] for entry in entries if entry["against_labels"])
+    assert against["gain"] == pytest.approx(4 / 150)
+    assert against["standard_errors_needed"] == {2: 12.706, 5: 2.776}[seeds]
+    assert says in texts(advice)
+
+
 def test_without_labels_only_the_advice_is_the_command_that_trains_it(tmp_path: Path) -> None:
     _, advice = students([write_run(tmp_path / "kd", options={"data": "npz:my data.npz", "lr": 0.05})])
     (command,) = [one["command"] for one in advice if one["command"]]

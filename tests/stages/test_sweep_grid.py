@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from kdcache.errors import UsageError
 from kdcache.stages.distill_options import DistillOptions
-from kdcache.stages.sweep_choice import Mean, Scored, Verdict, mean_of, needed, paired, said
+from kdcache.stages.standard_errors import needed
+from kdcache.stages.sweep_choice import Mean, Scored, Verdict, mean_of, paired, said
 from kdcache.stages.sweep_command import distill_command
 from kdcache.stages.sweep_grid import Setting, runs_of, settings_of, with_labelled_rows_alone
 from kdcache.stages.sweep_options import SweepOptions, check_lists, check_values, command_record, from_command
