@@ -30,8 +30,8 @@ from kdcache.stages.training import State, Trainer
 from kdcache.train.calibration_metrics import Bins, equal_mass_bins, equal_width_bins
 from kdcache.train.capability import Service, service
 from kdcache.train.class_part import top_class_over
+from kdcache.train.teacher_statistics import confusions
 
-CONFUSIONS = 20
 TRAINING_ROWS = 2000
 TRAINED_FOR_ONE = 50  # rows that a run was trained on (each epoch anew) for one that is measured
 _SAMPLE_EPOCH = 2**32 - 1  # no epoch that a run comes to
@@ -114,7 +114,7 @@ def summary(found: dict[str, np.ndarray], num_classes: int) -> dict[str, Any]:
             "class_rows": np.bincount(label, minlength=num_classes).tolist(),
             "class_correct": np.bincount(label[right], minlength=num_classes).tolist(),
             "class_predicted": np.bincount(top, minlength=num_classes).tolist(),
-            "confusions": _confusions(label[~right], top[~right]),
+            "confusions": confusions(label, top, num_classes, by="student"),
         }
     return measured | _fidelity(found)
 
@@ -157,12 +157,6 @@ def _reliability(bins: Bins) -> list[dict[str, float]]:
     parts = zip(bins.edges[:-1], bins.edges[1:], bins.counts, bins.confidence, bins.accuracy, strict=True)
     names = ("low", "high", "rows", "confidence", "accuracy")
     return [dict(zip(names, part, strict=True)) for part in parts]
-
-
-def _confusions(label: np.ndarray, top: np.ndarray) -> list[dict[str, int]]:
-    pairs, counts = np.unique(np.stack([label, top], axis=1), axis=0, return_counts=True)
-    order = np.argsort(-counts, kind="stable")[:CONFUSIONS]
-    return [{"label": int(pairs[at, 0]), "student_class": int(pairs[at, 1]), "rows": int(counts[at])} for at in order]
 
 
 def _measure(job: RunJob, trainer: Trainer, source: Source, positions: np.ndarray) -> dict[str, np.ndarray] | None:

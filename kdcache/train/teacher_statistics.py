@@ -211,7 +211,7 @@ class TeacherStatistics:
             }
             for number in range(self._classes)
         ]
-        found["confusions"] = _confusions(label, top, self._classes)
+        found["confusions"] = confusions(label, top, self._classes, by="teacher")
         found["usual_class_share"] = _usual_share(label, top, self._classes)
         prior = of_label[of_label > 0] / count
         found["majority_share"], found["prior_nll"] = float(prior.max()), float(-(prior * np.log(prior)).sum())
@@ -251,11 +251,18 @@ def _pairs(label: np.ndarray, top: np.ndarray, classes: int) -> tuple[np.ndarray
     return pairs // classes, pairs % classes, counts
 
 
-def _confusions(label: np.ndarray, top: np.ndarray, classes: int) -> list[dict[str, int]]:
-    """Pairs of different classes, the most frequent first."""
+def confusions(label: np.ndarray, top: np.ndarray, classes: int, *, by: str) -> list[dict[str, int]]:
+    """The pairs of different classes that are most frequent, at most 20, the most frequent first.
+
+    Args:
+        label: (N,) int64.
+        top: (N,) int64, the class that is most likely instead.
+        classes: C.
+        by: teacher or student, whose class it is.
+    """
     labels, tops, counts = _pairs(label, top, classes)
     largest = np.argsort(-counts, kind="stable")
-    names = ("label", "teacher_class", "rows")
+    names = ("label", f"{by}_class", "rows")
     different = largest[(labels != tops)[largest]][:CONFUSIONS]
     return [
         dict(zip(names, map(int, one), strict=True))

@@ -20,12 +20,13 @@ from torch.utils.data import Dataset, TensorDataset
 
 from kdcache.stages.distill import distill
 from kdcache.stages.distill_options import DistillOptions
-from kdcache.stages.final_measures import CONFUSIONS, summary
+from kdcache.stages.final_measures import summary
 from kdcache.stages.order import Order
 from kdcache.stages.run_record import read_record
 from kdcache.store.writer import Writer
 from kdcache.train.calibration_metrics import CalibrationMetrics
 from kdcache.train.rows import TeacherRows
+from kdcache.train.teacher_statistics import CONFUSIONS
 
 HERE = Path(__file__).parent
 OPTIONS = DistillOptions(epochs=12, batch_size=16, device="cpu", quiet=True, seed=11)
