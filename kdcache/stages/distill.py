@@ -8,7 +8,7 @@ A run stops between two steps only, and goes on from there with the same weights
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from kdcache.errors import InterruptedRunError, KDCacheError, UsageError
 from kdcache.format.identity import as_root
 from kdcache.stages import checkpoint
 from kdcache.stages.amp import grad_scaler
-from kdcache.stages.asked_caches import Caches, asked_caches, check_apart
+from kdcache.stages.asked_caches import AskedCache, Caches, asked_caches, check_apart
 from kdcache.stages.class_maps import with_classes
 from kdcache.stages.devices import torch_threads
 from kdcache.stages.distill_inputs import (
@@ -51,7 +51,7 @@ from kdcache.stages.resuming import check_same_run, restore_run
 from kdcache.stages.run_record import check_folder, now, prepare_folder, read_record, write_record
 from kdcache.stages.signals import StopRequest, graceful_signals
 from kdcache.stages.specs import one_line
-from kdcache.stages.student_views import view_settings
+from kdcache.stages.student_views import ViewSettings, view_settings
 from kdcache.stages.switching import asked_refresh, check_comes, check_refresh
 from kdcache.stages.tail_note import tail_lines
 from kdcache.stages.training import State, Trainer
@@ -160,32 +160,11 @@ def prepared_run(
     ):
         if ranks.is_first and options.out is not None:
             check_folder(Path(options.out), resume=options.resume, overwrite=options.overwrite)
-        train_data = _chosen("data", data, options)
         asked = asked_caches(cache, several(options.cache), option="--cache")
         asked_val = asked_caches(val_cache, several(options.val_cache), option="--val-cache")
         check_apart(options, asked, asked_val)
         settings = view_settings(options, augment)
-        if options.expect_root is not None and len(asked) != 1:
-            if not asked:
-                raise UsageError("--expect-root without --cache: there is nothing that could have that root hash")
-            raise UsageError(
-                f"--expect-root is of one cache, and --cache names {len(asked)}: check each with `kdcache verify`"
-            )
-        source = open_source(
-            train_data,
-            asked[0].cache if asked else None,
-            missing=options.missing,
-            name="training",
-            settings=settings,
-            expect_root=None if options.expect_root is None else as_root(options.expect_root),
-        )
-        held_out = None
-        if val is not None or options.val is not None:
-            val_data, held_out_cache = _chosen("val", val, options), asked_val[0].cache if asked_val else None
-            held_out = open_source(val_data, held_out_cache, missing="error", name="validation")
-        elif asked_val:
-            raise UsageError("--val-cache without --val: give the data that it was dumped from, or leave it out")
-        source, held_out = with_teachers(source, held_out, asked, asked_val, options)
+        source, held_out = _opened(options, data, val, asked, asked_val, settings)
         check_signal(source, held_out, options, refreshed=refresh is not None or options.refresh_every is not None)
         refresh = asked_refresh(refresh, source, options)
         check_refresh(refresh, source, options, caches=len(asked))
@@ -206,6 +185,39 @@ def prepared_run(
             refresh.ema.begin(net)
             trainer = replace(trainer, ema=refresh.ema)
         yield RunJob(options, trainer, source, held_out, tuple(tail), refresh, settings), stop
+
+
+def _opened(
+    options: DistillOptions,
+    data: Data | None,
+    val: Data | None,
+    asked: Sequence[AskedCache],
+    asked_val: Sequence[AskedCache],
+    settings: ViewSettings,
+) -> tuple[Source, Source | None]:
+    """The training data and the validation data, with all their teachers."""
+    train_data = _chosen("data", data, options)
+    if options.expect_root is not None and len(asked) != 1:
+        if not asked:
+            raise UsageError("--expect-root without --cache: there is nothing that could have that root hash")
+        raise UsageError(
+            f"--expect-root is of one cache, and --cache names {len(asked)}: check each with `kdcache verify`"
+        )
+    source = open_source(
+        train_data,
+        asked[0].cache if asked else None,
+        missing=options.missing,
+        name="training",
+        settings=settings,
+        expect_root=None if options.expect_root is None else as_root(options.expect_root),
+    )
+    held_out = None
+    if val is not None or options.val is not None:
+        val_data, held_out_cache = _chosen("val", val, options), asked_val[0].cache if asked_val else None
+        held_out = open_source(val_data, held_out_cache, missing="error", name="validation")
+    elif asked_val:
+        raise UsageError("--val-cache without --val: give the data that it was dumped from, or leave it out")
+    return with_teachers(source, held_out, asked, asked_val, options)
 
 
 def _build_trainer(

@@ -144,33 +144,53 @@ def open_source(
         MismatchError: another root hash or pipeline than expected, or more views than the cache holds.
         DataError: no rows, no length, or a pipeline that is not replayed.
     """
-    loaded = load_data(data) if isinstance(data, str) else data
-    if not isinstance(loaded, LoadedData):
-        classes = getattr(loaded, "num_classes", None)
-        rows = length(loaded)
-        loaded = LoadedData(
-            loaded,
-            name,
-            classes if isinstance(classes, int) else None,
-            class_names(loaded, name),
-            None,
-            {"name": name, "rows": rows},
-        )
+    loaded = _as_loaded(data, name)
     positions = np.arange(length(loaded.dataset), dtype=np.int64)
     if not len(positions):
         raise DataError(f"the {name} data has no rows; a run needs at least one")
+    source = Source(
+        name,
+        loaded.dataset,
+        None,
+        positions,
+        None,
+        loaded.num_classes,
+        loaded.provenance,
+        class_names=loaded.classes,
+    )
     if cache is None:
-        source = Source(
-            name,
-            loaded.dataset,
-            None,
-            positions,
-            None,
-            loaded.num_classes,
-            loaded.provenance,
-            class_names=loaded.classes,
-        )
         return source if settings is None else _with_views(source, loaded.sample_ids, settings)
+    opened = _teachable(cache, expect_root)
+    ids = resolve(loaded.dataset, sample_ids=loaded.sample_ids)
+    first_view = opened.views[0]
+    found = opened.rows(ids, first_view) if missing == "error" else opened.find(ids, first_view)
+    if missing == "skip":
+        positions = np.flatnonzero(found >= 0)
+        if not len(positions):
+            raise DataError(f"{opened.path.name} holds none of the {len(ids)} samples of the {name} data; none is left")
+    if settings is None:
+        refuse_views(opened, name=name)
+        settings = ViewSettings(None, None, "epoch", None, 0)
+    return _with_views(replace(source, sample_ids=ids, positions=positions, cache=opened), ids, settings)
+
+
+def _as_loaded(data: str | Dataset[Any] | LoadedData, name: str) -> LoadedData:
+    loaded = load_data(data) if isinstance(data, str) else data
+    if isinstance(loaded, LoadedData):
+        return loaded
+    classes, rows = getattr(loaded, "num_classes", None), length(loaded)
+    return LoadedData(
+        loaded,
+        name,
+        classes if isinstance(classes, int) else None,
+        class_names(loaded, name),
+        None,
+        {"name": name, "rows": rows},
+    )
+
+
+def _teachable(cache: str | os.PathLike[str] | Cache, expect_root: str | None) -> Cache:
+    """The open cache, refused where it is not the expected one or a softmax over its classes says nothing."""
     opened = cache if isinstance(cache, Cache) else open_cache(cache, expect_root=expect_root)
     if expect_root is not None and opened.root != expect_root:
         raise MismatchError(f"{opened.path.name} has the root hash {opened.root}, expected {expect_root}")
@@ -179,27 +199,7 @@ def open_source(
             f"the teacher of {opened.path.name} has one class, and softmax over one class is always 1: the loss would "
             "teach nothing. kdcache.train.binary.binary_kd serves one-logit teachers in a loop of your own"
         )
-    ids = resolve(loaded.dataset, sample_ids=loaded.sample_ids)
-    first_view = opened.views[0]
-    found = opened.rows(ids, first_view) if missing == "error" else opened.find(ids, first_view)
-    if missing == "skip":
-        positions = np.flatnonzero(found >= 0)
-        if not len(positions):
-            raise DataError(f"{opened.path.name} holds none of the {len(ids)} samples of the {name} data; none is left")
-    source = Source(
-        name,
-        loaded.dataset,
-        ids,
-        positions,
-        opened,
-        loaded.num_classes,
-        loaded.provenance,
-        class_names=loaded.classes,
-    )
-    if settings is None:
-        refuse_views(opened, name=name)
-        settings = ViewSettings(None, None, "epoch", None, 0)
-    return _with_views(source, ids, settings)
+    return opened
 
 
 def _with_views(source: Source, sample_ids: np.ndarray | None, settings: ViewSettings) -> Source:
